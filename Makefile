@@ -1,0 +1,53 @@
+# Two commands for users: `make quickstart` and `make test`. Each sets up what it needs.
+VENV ?= .venv
+BIN := $(VENV)/bin
+STORAGE ?= runs
+export RAY_TRAIN_V2_ENABLED := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test test-fast lint type bench lock clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.ready ## make the environment from the lock
+
+$(VENV)/.ready: requirements.lock pyproject.toml
+	@bash tools/check_system.sh
+	@echo "==> making $(VENV) from requirements.lock (several GB the first time)"
+	@python3.11 -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv==$(shell cat tools/uv-version)"
+	@$(BIN)/uv pip sync --quiet --python $(BIN)/python requirements.lock
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@touch $@
+	@echo "==> environment ready: $(BIN)/kdscale --help"
+
+quickstart: setup ## a miniature distillation study, from drawn shards to a report
+	@$(BIN)/python sweeps/quickstart.py --storage $(STORAGE)
+
+test: setup ## the whole test suite but the slow part
+	@$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-fast: setup ## unmarked tests only
+	@$(BIN)/python -m pytest -m "not slow and not gpu and not ray and not parity"
+
+lint: setup ## ruff: rules and format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+type: setup ## basedpyright
+	@$(BIN)/basedpyright
+
+bench: setup ## CPU benchmarks, each beside its baseline
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+lock: setup ## resolve pyproject.toml again into requirements.lock
+	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url \
+	  --no-annotate --extra dev pyproject.toml --output-file requirements.lock \
+	  --custom-compile-command "make lock"
+	@$(BIN)/uv pip compile --quiet --python-platform linux --python-version 3.11 \
+	  --no-emit-index-url --no-annotate --constraint requirements.lock --extra gpu \
+	  pyproject.toml --output-file requirements-gpu.lock --custom-compile-command "make lock"
+
+clean: ## remove the environment and caches, not the results
+	@rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Analyses of finished models: representation similarity and the uncertainty of scores."""

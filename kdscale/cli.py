@@ -1,0 +1,216 @@
+"""The command line: thin; every command builds a plan and hands it on."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from kdscale.core.config import Execution
+from kdscale.core.scale import Scale, scale_named
+from kdscale.core.storage import Storage
+from kdscale.core.types import ConfigError, KdscaleError, StageFailed
+from kdscale.sweep.grid import Sweep
+from kdscale.sweep.plan import Plan, make_plan
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+console = Console()
+
+Files = Annotated[list[Path], typer.Argument(help="Sweep files.", exists=True, dir_okay=False)]
+ScaleName = Annotated[str | None, typer.Option("--scale", help="paper, mini or true_size_cpu.")]
+StorageRoot = Annotated[str, typer.Option("--storage", help="Where stages live.")]
+Uri = Annotated[str | None, typer.Option("--tracking-uri", help="MLflow; SQLite by default.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="Recipe field, e.g. lr=1e-3, run.num_workers=1.")
+]
+Data = Annotated[
+    list[str] | None, typer.Option("--data", help="Shards: PATTERN, or NAME=PATTERN per data set.")
+]
+RandomWeights = Annotated[bool, typer.Option("--random-weights", help="Pretrained towers drawn.")]
+MaxSteps = Annotated[int | None, typer.Option("--max-steps", help="Stop every stage there.", min=1)]
+AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What run, plan, report and status were asked for."""
+
+    sweeps: list[Sweep]
+    storage: Storage
+    scale: Scale
+    overrides: dict[str, Any]
+    tracking_uri: str | None
+    as_json: bool
+    command: str
+
+    def plan(self) -> Plan:
+        """Plans the sweeps as one union of stages."""
+        return make_plan(self.sweeps, self.storage, self.scale, self.overrides)
+
+
+def _common_scale(sweeps: Sequence[Sweep]) -> str | Scale:
+    """Returns the scale that all the sweeps ask for."""
+    if len({str(scale_named(sweep.scale).name) for sweep in sweeps}) > 1:
+        raise ConfigError("these sweeps have different default scales; choose one with --scale")
+    return sweeps[0].scale
+
+
+def parse_data(patterns: Sequence[str]) -> dict[str, str]:
+    """Turns `--data` options into {data set: pattern}; the empty name stands for all others."""
+    paths: dict[str, str] = {}
+    for item in patterns:
+        name, found, pattern = item.partition("=")
+        paths |= {name: pattern} if found else {"": item}
+    return paths
+
+
+def parse_settings(settings: Sequence[str], scale: Scale) -> dict[str, Any]:
+    """Turns `--set` options into recipe fields; `distill.` in front of a field is allowed.
+
+    Raises:
+        ConfigError: If an option is not of the form `a.b=value`.
+    """
+    fields: dict[str, Any] = {}
+    run: dict[str, Any] = {}
+    for setting in settings:
+        path, found, text = setting.partition("=")
+        if not found:
+            raise ConfigError(f"--set takes FIELD=VALUE, got {setting!r}")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        name = path.removeprefix("distill.")
+        if name.startswith("run."):
+            run[name.removeprefix("run.")] = value
+        else:
+            fields[name] = value
+    if run:
+        fields["run"] = Execution(**(scale.run.model_dump() | run))
+    return fields
+
+
+def load_sweep(path: Path) -> Sweep:
+    """Imports a sweep file and returns its `sweep`.
+
+    Raises:
+        ConfigError: If the file defines none.
+    """
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # so that workers can import a loss defined there by name
+    spec.loader.exec_module(module)
+    found = getattr(module, "sweep", None)
+    if not isinstance(found, Sweep):
+        raise ConfigError(f"{path} defines no `sweep = Sweep(...)`")
+    return found
+
+
+def sweep_command(action: Callable[[Request], None]) -> Callable[..., None]:
+    """Makes a command of an action: all of them take the same options."""
+
+    def command(
+        files: Files,
+        scale: ScaleName = None,
+        storage: StorageRoot = "runs",
+        tracking_uri: Uri = None,
+        settings: Settings = None,
+        data: Data = None,
+        random_weights: RandomWeights = False,
+        max_steps: MaxSteps = None,
+        as_json: AsJson = False,
+    ) -> None:
+        with guarded():
+            sweeps = [load_sweep(file) for file in files]
+            found = scale_named(scale or _common_scale(sweeps))
+            found = found.replace(data_paths=parse_data(data or []))
+            if random_weights:
+                found = found.replace(random_weights=True)
+            overrides = parse_settings(settings or [], found)
+            if max_steps is not None:
+                overrides["max_steps"] = max_steps
+            request = Request(
+                sweeps=sweeps,
+                storage=Storage(storage),
+                scale=found,
+                overrides=overrides,
+                tracking_uri=tracking_uri,
+                as_json=as_json,
+                command=shlex.join(sys.argv[1:]),
+            )
+            action(request)
+
+    command.__doc__ = action.__doc__
+    return command
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Turns our errors into a line a person can act on: exit 2 for input, 1 for failed stages."""
+    try:
+        yield
+    except KdscaleError as error:
+        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: ", end="")
+        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(str(error))
+        raise typer.Exit(1 if isinstance(error, StageFailed) else 2) from error
+
+
+def run_sweep(request: Request) -> None:
+    """Run sweeps: every stage that is not finished, then the report."""
+    from kdscale.sweep.run import execute
+
+    execute(
+        request.plan(),
+        request.sweeps,
+        console=Console(stderr=request.as_json),
+        tracking_uri=request.tracking_uri,
+    )
+    if request.as_json:
+        show_report(request)
+
+
+def show_plan(request: Request) -> None:
+    """Show what a run would do: trials, distinct stages, reuse, cost. Runs nothing."""
+    from kdscale.sweep.progress import print_plan
+
+    plan = request.plan()
+    if request.as_json:
+        print(json.dumps(plan.document(), indent=2))
+    else:
+        print_plan(plan, console)
+
+
+def show_report(request: Request) -> None:
+    """Show what came out: the table with intervals; writes nothing."""
+    from kdscale.sweep.render import print_report
+    from kdscale.sweep.report import build_report
+
+    report = build_report(request.plan(), request.sweeps)
+    if request.as_json:
+        print(json.dumps(report.document(), indent=2))
+    else:
+        print_report(report, console)
+
+
+def show_status(request: Request) -> None:
+    """Show every stage: done, running or waiting, and how far it is."""
+    from kdscale.sweep.progress import print_status
+
+    print_status(request.plan(), console)
+
+
+app.command("run")(sweep_command(run_sweep))
+app.command("plan")(sweep_command(show_plan))
+app.command("report")(sweep_command(show_report))
+app.command("status")(sweep_command(show_status))

@@ -1,0 +1,62 @@
+"""Checkpoints of a running stage: written in the background, complete or absent."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from kdscale.core.storage import StageStore
+
+
+class Checkpoints:
+    """Checkpoints of one stage, kept by step.
+
+    Args:
+        stage: The stage's directory.
+        keep: How many of the newest to keep.
+    """
+
+    def __init__(self, stage: StageStore, keep: int) -> None:
+        self._stage, self._keep = stage, keep
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, step: int, state: bytes) -> None:
+        """Writes a checkpoint in the background, after the previous one is on storage.
+
+        Raises:
+            StorageError: If the previous checkpoint could not be written.
+        """
+        self.wait()
+        self._pending = self._pool.submit(self._write, step, state)
+
+    def wait(self) -> None:
+        """Returns when everything is on storage."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def latest_step(self) -> int:
+        """Returns the step of the newest checkpoint, 0 if there is none."""
+        steps = self._steps()
+        return steps[-1] if steps else 0
+
+    def load(self, step: int) -> bytes:
+        """Reads a checkpoint."""
+        return self._stage.storage.read(*self._stage.parts, "checkpoints", _name(step))
+
+    def _write(self, step: int, state: bytes) -> None:
+        storage, parts = self._stage.storage, (*self._stage.parts, "checkpoints")
+        storage.write(state, *parts, _name(step))
+        for old in self._steps()[: -self._keep]:
+            storage.remove(*parts, _name(old))
+
+    def _steps(self) -> list[int]:
+        names = self._stage.storage.names(*self._stage.parts, "checkpoints")
+        return sorted(
+            int(name[5:-3]) for name in names if name.startswith("step-") and name.endswith(".pt")
+        )
+
+
+def _name(step: int) -> str:
+    """A checkpoint is one file, so that it is complete or absent on any storage."""
+    return f"step-{step:09d}.pt"

@@ -1,0 +1,285 @@
+"""Recipes and specs: frozen, validated, with the paper's values as defaults.
+
+A recipe says what to compute; a spec says what a name stands for. Both are pydantic models
+that refuse unknown fields. A field marked `NOT_IN_KEY` does not change any number and so
+stays out of the content key (`kdscale.core.keys`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic.config import JsonDict
+
+from kdscale.core.types import ConfigError, UnknownField
+
+NOT_IN_KEY: JsonDict = {"in_key": False}
+Precision = Literal["fp32", "bf16", "fp16"]
+Mode = Literal["paper", "corrected"]
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class Choice:
+    """Several values for one recipe field; two fields that hold the same choice move together.
+
+    Attributes:
+        options: The values, in the order in which trials are made.
+        link: Choices with the same link are zipped (they take their i-th option together).
+    """
+
+    def __init__(self, options: tuple[Any, ...], link: object = None) -> None:
+        if not options:
+            raise ConfigError("a choice needs at least one option")
+        self.options = options
+        self.link = link if link is not None else self
+
+    def __repr__(self) -> str:
+        return f"choose({', '.join(map(repr, self.options))})"
+
+
+class Spec(BaseModel):
+    """Base of specs and recipes: frozen, keyword-only, closed to unknown fields."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", arbitrary_types_allowed=True, protected_namespaces=()
+    )
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise _named(type(self).__name__, set(type(self).model_fields), error) from error
+
+    def replace(self, **changes: Any) -> Self:
+        """Returns a copy with some fields changed, validated like a new one."""
+        return type(self)(
+            **{name: getattr(self, name) for name in type(self).model_fields} | changes
+        )
+
+
+def _named(owner: str, known: set[str], error: ValidationError) -> ConfigError:
+    """Turns pydantic's report into one of our errors, one line a problem."""
+    lines: list[str] = []
+    unknown = False
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"]) or "recipe"
+        if item["type"] == "extra_forbidden":
+            unknown = True
+            lines.append(f"{owner} has no field {where!r}; it has {', '.join(sorted(known))}")
+        else:
+            lines.append(f"{owner}.{where}: {item['msg']}, got {item.get('input')!r}")
+    return (UnknownField if unknown else ConfigError)("; ".join(lines))
+
+
+class TowerFacts(Spec):
+    """What is known of a CLIP pair without building it; used for plans and gates.
+
+    Counts are in millions of parameters, work in GFLOP per sample (2 per multiply-add).
+    """
+
+    image_mparams: float | None = None
+    text_mparams: float | None = None
+    image_gflop: float | None = None
+    text_gflop: float | None = None
+    zero_shot_top1: float | None = None
+
+
+class TowerSpec(Spec):
+    """A CLIP pair (image tower and text tower) and everything that its inputs need.
+
+    Attributes:
+        name: What people call it.
+        clip_config: An architecture name that open_clip knows, or a whole open_clip model
+            config (`embed_dim`, `vision_cfg`, `text_cfg`).
+        weights: `random`, an open_clip tag (`openai`), `hf-hub:org/name`, or a local directory
+            in the hub's layout.
+        resize: `shortest` (then centre crop) or `squash`, at evaluation.
+        tokenizer: `clip_bpe`, `siglip`, a miniature one (`mini_bpe`, `mini_sp`), or a directory.
+        width: Width of the image tower's trunk.
+        patch_px: Side of a patch, None for hierarchical towers.
+    """
+
+    name: Annotated[str, Field(json_schema_extra=NOT_IN_KEY)]
+    clip_config: str | dict[str, Any]
+    weights: str = "random"
+    image_px: int = Field(default=224, gt=0)
+    mean: tuple[float, float, float] = OPENAI_MEAN
+    std: tuple[float, float, float] = OPENAI_STD
+    resize: Literal["shortest", "squash"] = "shortest"
+    tokenizer: str = "clip_bpe"
+    context_length: int = Field(default=77, gt=1)
+    embed_dim: int = Field(default=512, gt=0)
+    width: Annotated[int, Field(gt=0, json_schema_extra=NOT_IN_KEY)]
+    patch_px: Annotated[int | None, Field(json_schema_extra=NOT_IN_KEY)] = None
+    facts: Annotated[TowerFacts, Field(json_schema_extra=NOT_IN_KEY)] = TowerFacts()
+
+    @property
+    def tokens_name(self) -> str:
+        """Names the token ids that this tower reads; towers with equal names share them."""
+        return f"{self.tokenizer}:{self.context_length}"
+
+
+class MiniWorld(Spec):
+    """A procedurally drawn data set; see `kdscale.mini`.
+
+    Attributes:
+        split: `train` leaves the held-out compositions out, `eval` draws only them.
+        num_samples: Images in the split.
+        image_px: Side of the drawn images.
+        caption_noise: Fraction of the captions that describe another scene.
+    """
+
+    split: Literal["train", "eval"] = "train"
+    num_samples: int = Field(default=8192, gt=0)
+    samples_per_shard: int = Field(default=512, gt=0)
+    image_px: int = Field(default=64, gt=7)
+    caption_noise: float = Field(default=0.0, ge=0.0, le=1.0)
+    seed: int = 0
+
+
+class DataSpec(Spec):
+    """Image-text pairs in WebDataset tars or Parquet, or a miniature world to be drawn.
+
+    Attributes:
+        urls: Glob or brace pattern of the shards, local or on an object store. The path itself
+            does not enter the content key: the manifest's hash does.
+        mini: The world to draw instead.
+        max_bad_fraction: Share of unusable samples above which nothing starts.
+    """
+
+    name: Annotated[str, Field(json_schema_extra=NOT_IN_KEY)]
+    urls: Annotated[str | None, Field(json_schema_extra=NOT_IN_KEY)] = None
+    mini: MiniWorld | None = None
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1, json_schema_extra=NOT_IN_KEY)] = 0.05
+    num_samples: Annotated[int | None, Field(json_schema_extra=NOT_IN_KEY)] = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.urls is not None and self.mini is not None:
+            raise ValueError("give either urls or mini, not both")
+        return self
+
+
+class ZeroShotSpec(Spec):
+    """A zero-shot classification benchmark.
+
+    Attributes:
+        data: Shards whose `.json` carries an integer `label`.
+        classnames: `imagenet`, `mini`, or the names in label order.
+        templates: `openai` (80), `simple` (1), `mini`, or format strings with one `{}`.
+    """
+
+    name: Annotated[str, Field(json_schema_extra=NOT_IN_KEY)]
+    data: DataSpec
+    classnames: Literal["imagenet", "mini"] | tuple[str, ...] = "imagenet"
+    templates: Literal["openai", "simple", "mini"] | tuple[str, ...] = "openai"
+
+
+class Execution(Spec):
+    """How a stage is run: nothing here changes a number beyond rounding.
+
+    Attributes:
+        num_workers: Training processes.
+        micro_batch_size: Samples per forward pass of one worker; None means all of its share.
+        checkpoint_every: Optimizer steps between checkpoints (and evaluations).
+        log_every: Steps between two flushes of the journal.
+    """
+
+    num_workers: int = Field(default=1, gt=0)
+    cpus_per_worker: float = Field(default=1.0, ge=0)
+    gpus_per_worker: float = Field(default=0.0, ge=0)
+    cpus_per_data_task: float = Field(default=0.25, gt=0)
+    threads_per_worker: int | None = Field(default=None, gt=0)
+    micro_batch_size: int | None = Field(default=None, gt=0)
+    checkpoint_every: int = Field(default=1000, gt=0)
+    keep_checkpoints: int = Field(default=2, gt=0)
+    log_every: int = Field(default=50, gt=0)
+    max_failures: int = Field(default=3, ge=-1)
+
+
+class Recipe(Spec):
+    """Base of stage recipes: any field may also hold a `Choice`, validated option by option."""
+
+    kind: ClassVar[str]
+    version: ClassVar[int]
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _open_choices(cls, value: Any, handler: Callable[[Any], Any]) -> Any:
+        if not isinstance(value, Choice):
+            return handler(value)
+        for option in value.options:
+            handler(option)
+        return value
+
+    def choices(self) -> dict[str, Choice]:
+        """Returns the fields that still hold a choice."""
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: value for name, value in fields.items() if isinstance(value, Choice)}
+
+
+class Distill(Recipe):
+    """Train a student CLIP on image-text pairs, with a frozen teacher or without one.
+
+    Defaults are the paper's (arXiv 2511.17886, appendix table 6) where it prints a value and
+    CLIP-KD's otherwise; `global_batch_size` reads the printed 256 as per GPU on 16 GPUs.
+
+    Attributes:
+        student: A role of the catalogue or a `TowerSpec`.
+        teacher: A role, a `TowerSpec`, or None for training without a teacher.
+        loss: A recipe's name, a mapping {term: weight}, or a function importable on the workers.
+        mode: `paper` repeats the released code's behaviour, `corrected` its formulae.
+        flags: Single quirks that differ from the mode (`kdscale.losses.recipes.LossFlags`).
+        max_steps: Stop after this many optimizer steps; the schedule ends there too.
+        bn_group: Samples of the global batch that share BatchNorm statistics.
+        views: Distinct crops per sample; None draws a new one each epoch.
+        precision: None takes the scale's.
+        zero_shot: Benchmark read at every checkpoint, None for none.
+    """
+
+    kind: ClassVar[str] = "distill"
+    version: ClassVar[int] = 1
+
+    student: str | TowerSpec
+    teacher: str | TowerSpec | None = None
+    data: str | DataSpec = "cc12m"
+    loss: str | dict[str, float] | Callable[..., Any] = "clip_kd"
+    mode: Mode = "corrected"
+    flags: dict[str, Any] = Field(default_factory=dict)
+    epochs: int = Field(default=32, gt=0)
+    max_steps: int | None = Field(default=None, gt=0)
+    global_batch_size: int = Field(default=4096, gt=0)
+    lr: float = Field(default=5e-4, gt=0)
+    warmup_steps: int = Field(default=2000, ge=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = Field(default=1e-6, gt=0)
+    grad_clip: float | None = Field(default=None, gt=0)
+    bn_group: int = Field(default=256, gt=1)
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
+    crop_scale: tuple[float, float] = (0.9, 1.0)
+    crop_seed: int = 0
+    views: int | None = Field(default=None, gt=0)
+    seed: int = 0
+    precision: Precision | None = None
+    zero_shot: str | ZeroShotSpec | None = "imagenet"
+    run: Annotated[Execution | None, Field(json_schema_extra=NOT_IN_KEY)] = None
+
+    @model_validator(mode="after")
+    def _teacher_and_loss_agree(self) -> Self:
+        if self.teacher is None and self.loss in ("clip_kd", "mse", "icl", "kl"):
+            raise ValueError(
+                f"loss {self.loss!r} compares with a teacher and none is given; "
+                "use loss='clip' for a run without one"
+            )
+        return self

@@ -1,0 +1,79 @@
+"""The journal: what a stage did, step by step, as small files in its own directory.
+
+Rank 0 writes it; trackers and reports read it. A segment is written whole and never changed, so
+it works on object stores. A step that was done twice, because a process was killed after it and
+before the next checkpoint, stands in two attempts: readers take the last, and can count the
+repetition.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from kdscale.core.storage import StageStore
+
+Line = dict[str, Any]
+
+
+class JournalWriter:
+    """Appends lines to a stage's journal.
+
+    Args:
+        stage: The stage's directory.
+        flush_every: Lines kept in memory before a segment is written.
+    """
+
+    def __init__(self, stage: StageStore, flush_every: int) -> None:
+        self._stage, self._flush_every = stage, flush_every
+        self._attempt = f"{time.time_ns():020d}"
+        self._num_segments = 0
+        self._lines: list[Line] = []
+
+    def append(self, line: Line) -> None:
+        """Adds a line, which must hold `step`."""
+        self._lines.append(line)
+        if len(self._lines) >= self._flush_every:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what is in memory as one segment."""
+        if not self._lines:
+            return
+        text = "".join(json.dumps(line) + "\n" for line in self._lines)
+        name = f"{self._attempt}-{self._num_segments:06d}.jsonl"
+        self._stage.storage.write(text.encode(), *self._stage.parts, "journal", name)
+        self._num_segments += 1
+        self._lines = []
+
+
+class JournalReader:
+    """Reads a stage's journal, each segment once."""
+
+    def __init__(self, stage: StageStore) -> None:
+        self._stage = stage
+        self._seen: set[str] = set()
+
+    def new_lines(self) -> list[Line]:
+        """Returns the lines written since the last call, oldest first, repeated steps included."""
+        names = [
+            name
+            for name in self._stage.storage.names(*self._stage.parts, "journal")
+            if name.endswith(".jsonl") and not name.startswith(".") and name not in self._seen
+        ]
+        lines: list[Line] = []
+        for name in names:
+            text = self._stage.storage.read(*self._stage.parts, "journal", name).decode()
+            attempt = name.split("-", 1)[0]
+            lines += [json.loads(row) | {"attempt": attempt} for row in text.splitlines()]
+            self._seen.add(name)
+        return lines
+
+
+def read_steps(stage: StageStore) -> list[Line]:
+    """Returns one line a step in step order; the last attempt's where a step was repeated."""
+    by_step: dict[int, Line] = {}
+    for line in JournalReader(stage).new_lines():
+        by_step[line["step"]] = by_step.get(line["step"], {}) | line
+    return [by_step[step] for step in sorted(by_step)]

@@ -1,0 +1,161 @@
+"""Scales: what the roles of a recipe mean, at true size or in miniature.
+
+A sweep names roles (`teacher="clip_l14"`, `data="cc12m"`); a scale maps each to a spec and
+shrinks the recipe's sizes. Scale is data: the same code runs both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field
+
+from kdscale.core import catalog, catalog_mini
+from kdscale.core.config import (
+    DataSpec,
+    Distill,
+    Execution,
+    Precision,
+    Spec,
+    TowerSpec,
+    ZeroShotSpec,
+)
+from kdscale.core.types import unknown_name
+
+
+class Sizes(Spec):
+    """How a scale shrinks the sizes that a recipe states at paper scale."""
+
+    batch_divisor: int = Field(default=1, gt=0)
+    epoch_divisor: int = Field(default=1, gt=0)
+    warmup_divisor: int = Field(default=1, gt=0)
+    lr_factor: float = Field(default=1.0, gt=0)
+
+
+class Scale(Spec):
+    """A meaning for every role.
+
+    Attributes:
+        precision: Precision of every stage whose recipe names none.
+        random_weights: Replace every pretrained weight by a random one (walks, photographs).
+        teachers: Role to tower, or to the recipe of the stage that trains it.
+        data_paths: Where the user's shards are, by data set; "" for every set without a path.
+    """
+
+    name: str
+    precision: Precision
+    random_weights: bool = False
+    teachers: dict[str, TowerSpec | Distill]
+    students: dict[str, TowerSpec]
+    data: dict[str, DataSpec]
+    zero_shot: dict[str, ZeroShotSpec]
+    data_paths: dict[str, str] = Field(default_factory=dict)
+    sizes: Sizes = Sizes()
+    run: Execution = Execution()
+
+
+PAPER = Scale(
+    name="paper",
+    precision="fp16",
+    teachers=dict(catalog.TEACHERS),
+    students=dict(catalog.STUDENTS),
+    data=dict(catalog.DATA),
+    zero_shot=dict(catalog.ZERO_SHOT),
+    run=Execution(num_workers=16, cpus_per_worker=6, gpus_per_worker=1, cpus_per_data_task=1),
+)
+MINI = Scale(
+    name="mini",
+    precision="fp32",
+    teachers=dict(catalog_mini.MINI_TEACHERS),
+    students=dict(catalog_mini.MINI_STUDENTS),
+    data=dict(catalog_mini.MINI_DATA),
+    zero_shot=dict(catalog_mini.MINI_ZERO_SHOT),
+    sizes=Sizes(**catalog_mini.MINI_SIZES),
+    run=Execution(num_workers=2, cpus_per_worker=0.5, checkpoint_every=64, log_every=8),
+)
+TRUE_SIZE_CPU = PAPER.replace(
+    name="true_size_cpu",
+    precision="fp32",
+    random_weights=True,
+    run=Execution(num_workers=2, cpus_per_worker=0.5, checkpoint_every=5, log_every=1),
+)
+SCALES = {scale.name: scale for scale in (PAPER, MINI, TRUE_SIZE_CPU)}
+
+
+def scale_named(name: str | Scale) -> Scale:
+    """Returns a scale by name; a `Scale` object is returned as it is."""
+    if isinstance(name, Scale):
+        return name
+    if name not in SCALES:
+        raise unknown_name("scale", name, SCALES)
+    return SCALES[name]
+
+
+def resolve(recipe: Distill, scale: Scale, overrides: Mapping[str, Any] | None = None) -> Distill:
+    """Replaces roles by specs and shrinks sizes; teacher roles that are stages stay roles.
+
+    Args:
+        recipe: A recipe without open choices.
+        scale: What the roles mean.
+        overrides: Fields set last, after shrinking (`--set`).
+
+    Raises:
+        UnknownName: If a role is not in the scale.
+        ConfigError: If an override does not validate.
+    """
+    sizes = scale.sizes
+    changes: dict[str, Any] = {
+        "student": _tower(recipe.student, scale, "student"),
+        "data": with_path(lookup("data set", recipe.data, scale.data), scale),
+        "zero_shot": _benchmark(recipe, scale),
+        "precision": recipe.precision or scale.precision,
+        "epochs": math.ceil(recipe.epochs / sizes.epoch_divisor),
+        "global_batch_size": math.ceil(recipe.global_batch_size / sizes.batch_divisor),
+        "warmup_steps": math.ceil(recipe.warmup_steps / sizes.warmup_divisor),
+        "lr": recipe.lr * sizes.lr_factor,
+        "run": recipe.run or scale.run,
+    }
+    resolved = recipe.replace(**(changes | dict(overrides or {})))
+    group = min(resolved.bn_group, resolved.global_batch_size)
+    return resolved.replace(bn_group=group) if group > 1 else resolved
+
+
+def teacher_of(recipe: Distill, scale: Scale) -> TowerSpec | Distill | None:
+    """Returns what a recipe's teacher stands for: a tower, the recipe that trains it, or None."""
+    if recipe.teacher is None or isinstance(recipe.teacher, TowerSpec):
+        return recipe.teacher
+    found = lookup("teacher", recipe.teacher, scale.teachers)
+    if isinstance(found, TowerSpec) and scale.random_weights:
+        return found.replace(weights="random")
+    return found
+
+
+def with_path(spec: DataSpec, scale: Scale) -> DataSpec:
+    """Fills in where a data set's shards are, as the user said."""
+    if spec.mini is not None:
+        return spec
+    paths = scale.data_paths
+    return spec.replace(urls=paths.get(spec.name, spec.urls or paths.get("")))
+
+
+def _benchmark(recipe: Distill, scale: Scale) -> ZeroShotSpec | None:
+    """Looks a zero-shot benchmark up and fills in its path."""
+    spec = lookup("zero-shot benchmark", recipe.zero_shot, scale.zero_shot)
+    return spec and spec.replace(data=with_path(spec.data, scale))
+
+
+def lookup(kind: str, value: Any, registry: Mapping[str, Any]) -> Any:
+    """Returns the registry's entry for a name; specs and None pass through."""
+    if not isinstance(value, str):
+        return value
+    if value not in registry:
+        raise unknown_name(kind, value, registry)
+    return registry[value]
+
+
+def _tower(value: Any, scale: Scale, kind: str) -> TowerSpec:
+    """Looks a student up and drops its weights where the scale asks for random ones."""
+    spec = lookup(kind, value, scale.students)
+    return spec.replace(weights="random") if scale.random_weights else spec

@@ -1,0 +1,282 @@
+"""The stage store: content-keyed directories on any fsspec filesystem.
+
+`<root>/stages/<kind>/<key>/` holds a stage: `stage.json`, `journal/`, `checkpoints/`, `output/`
+and, written last, `DONE`. A stage without `DONE` does not exist for anybody else. One writer at
+a time holds `LEASE`, created if absent and kept alive by a heartbeat.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from kdscale.core.types import LeaseLost, StorageError
+
+HEARTBEAT_S = 5.0
+LEASE_TIMEOUT_S = 45.0
+
+
+class Storage:
+    """A root directory on a local disk or an object store.
+
+    Args:
+        root: A path or fsspec URL (`/data/runs`, `s3://bucket/runs`).
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = os.path.abspath(root) if "://" not in root else root.rstrip("/")
+        self.fs, self._base = fsspec.core.url_to_fs(self.root)
+        self.is_local = isinstance(self.fs, LocalFileSystem)
+
+    def __reduce__(self) -> tuple[type[Storage], tuple[str]]:
+        return Storage, (self.root,)
+
+    def path(self, *parts: str) -> str:
+        """Returns the filesystem's own path of something below the root."""
+        return "/".join([self._base, *parts])
+
+    def url(self, *parts: str) -> str:
+        """Returns a path or URL that any fsspec user can open."""
+        return "/".join([self.root, *parts])
+
+    def exists(self, *parts: str) -> bool:
+        """Tells whether a file or directory exists."""
+        self.fs.invalidate_cache()
+        return bool(self.fs.exists(self.path(*parts)))
+
+    def names(self, *parts: str) -> list[str]:
+        """Lists the base names in a directory, sorted; an absent one is empty."""
+        self.fs.invalidate_cache()
+        try:
+            found = self.fs.ls(self.path(*parts), detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(str(name).rstrip("/").rsplit("/", 1)[-1] for name in found)
+
+    def read(self, *parts: str) -> bytes:
+        """Reads a whole file."""
+        try:
+            return self.fs.cat_file(self.path(*parts))
+        except FileNotFoundError as error:
+            raise StorageError(f"{self.url(*parts)} does not exist") from error
+
+    def write(self, data: bytes, *parts: str) -> None:
+        """Writes a whole file so that a reader sees all of it or nothing."""
+        target = self.path(*parts)
+        try:
+            if self.is_local:
+                _write_local(Path(target), data)
+            else:
+                self.fs.pipe_file(target, data)
+        except OSError as error:
+            raise StorageError(f"cannot write {self.url(*parts)}: {error}") from error
+
+    def read_json(self, *parts: str) -> Any:
+        """Reads a JSON document."""
+        return json.loads(self.read(*parts))
+
+    def write_json(self, document: Any, *parts: str) -> None:
+        """Writes a JSON document."""
+        self.write(json.dumps(document, indent=2, sort_keys=True).encode(), *parts)
+
+    def put_directory(self, source: str, *parts: str) -> None:
+        """Copies a local directory's files to below the root."""
+        for file in sorted(Path(source).rglob("*")):
+            if file.is_file():
+                self.write(file.read_bytes(), *parts, *file.relative_to(source).parts)
+
+    @contextmanager
+    def local_directory(self, *parts: str) -> Iterator[str]:
+        """Yields a local path with a directory's content, downloaded where it is remote."""
+        if self.is_local:
+            yield self.path(*parts)
+            return
+        with tempfile.TemporaryDirectory() as target:
+            self.fs.get(self.path(*parts) + "/", target + "/", recursive=True)
+            yield target
+
+    def remove(self, *parts: str) -> None:
+        """Removes a file or a whole directory; an absent one is no error."""
+        if self.exists(*parts):
+            self.fs.rm(self.path(*parts), recursive=True)
+
+    def create(self, data: bytes, *parts: str) -> bool:
+        """Creates a file if absent and returns whether it did."""
+        target = self.path(*parts)
+        self.fs.makedirs(self.fs._parent(target), exist_ok=True)
+        try:
+            with self.fs.open(target, "xb") as file:
+                file.write(data)
+        except FileExistsError:
+            return False
+        except ValueError:  # a filesystem without exclusive creation: best effort
+            if self.exists(*parts):
+                return False
+            self.write(data, *parts)
+        return True
+
+
+def _write_local(target: Path, data: bytes) -> None:
+    """Writes beside the target, then renames."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class StageStore:
+    """One stage's directory.
+
+    Args:
+        storage: Where stages live.
+        kind: Stage kind.
+        key: Content key.
+    """
+
+    def __init__(self, storage: Storage, kind: str, key: str) -> None:
+        self.storage, self.kind, self.key = storage, kind, key
+        self.parts = ("stages", kind, key)
+
+    def is_done(self) -> bool:
+        """Tells whether the stage is finished."""
+        return self.storage.exists(*self.parts, "DONE")
+
+    def has_started(self) -> bool:
+        """Tells whether anything has been written for the stage."""
+        return self.is_done() or self.storage.exists(*self.parts, "journal")
+
+    def record(self) -> dict[str, Any]:
+        """Reads `stage.json`."""
+        return self.storage.read_json(*self.parts, "stage.json")
+
+    def finish(self, record: dict[str, Any]) -> None:
+        """Writes `stage.json`, drops the checkpoints, and marks the stage done, in this order."""
+        self.storage.write_json(record, *self.parts, "stage.json")
+        self.storage.remove(*self.parts, "checkpoints")
+        self.storage.write(b"", *self.parts, "DONE")
+
+    def url(self, *parts: str) -> str:
+        """Returns the URL of something in the stage's directory."""
+        return self.storage.url(*self.parts, *parts)
+
+
+class Lease:
+    """The right to write one stage, kept alive by a thread.
+
+    Use `Lease.acquire`; leave the `with` block to release it.
+    """
+
+    def __init__(self, stage: StageStore, token: str) -> None:
+        self._stage, self._token = stage, token
+        self._parts = (*stage.parts, "LEASE")
+        self._stop = threading.Event()
+        self._lost = False
+        self._thread = threading.Thread(target=self._keep, daemon=True, name="lease")
+
+    @classmethod
+    def acquire(cls, stage: StageStore) -> Lease | None:
+        """Returns the lease, or None while another living writer holds it.
+
+        A holder is taken for dead when it ran on this host and its process is gone, or when its
+        heartbeat has stood still for `LEASE_TIMEOUT_S` (watched for on this host's clock, so
+        clock skew between hosts does not matter).
+        """
+        token = uuid.uuid4().hex
+        parts = (*stage.parts, "LEASE")
+        if stage.storage.create(_beat(token), *parts):
+            return cls(stage, token)
+        if not _is_dead(stage.storage, parts):
+            return None
+        stage.storage.write(_beat(token), *parts)
+        time.sleep(0.5)  # two that take over at once: the last writer keeps it
+        if _holder(stage.storage, parts).get("token") != token:
+            return None
+        return cls(stage, token)
+
+    def check(self) -> None:
+        """Raises LeaseLost if somebody else has taken the stage over."""
+        if self._lost:
+            raise LeaseLost(f"{self._stage.url()} was taken over by another writer; stopping here")
+
+    def __enter__(self) -> Lease:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        if not self._lost:
+            self._stage.storage.remove(*self._parts)
+
+    def _keep(self) -> None:
+        """Beats until released; a storage fault is retried at the next beat."""
+        while not self._stop.wait(HEARTBEAT_S):
+            try:
+                if _holder(self._stage.storage, self._parts).get("token") != self._token:
+                    self._lost = True
+                    return
+                self._stage.storage.write(_beat(self._token), *self._parts)
+            except (OSError, StorageError):
+                continue
+
+
+def _beat(token: str) -> bytes:
+    """Encodes a heartbeat: who, where, and a counter that changes."""
+    return json.dumps(
+        {
+            "token": token,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": _process_start(os.getpid()),
+            "beat": time.time_ns(),
+        }
+    ).encode()
+
+
+def _holder(storage: Storage, parts: tuple[str, ...]) -> dict[str, Any]:
+    """Reads the lease; an unreadable one has no holder."""
+    try:
+        return json.loads(storage.read(*parts))
+    except (StorageError, ValueError):
+        return {}
+
+
+def _is_dead(storage: Storage, parts: tuple[str, ...]) -> bool:
+    """Tells whether the lease's holder no longer lives."""
+    first = _holder(storage, parts)
+    if first.get("host") == socket.gethostname():
+        return _process_start(first["pid"]) != first["started"]
+    deadline = time.monotonic() + LEASE_TIMEOUT_S
+    while time.monotonic() < deadline:
+        time.sleep(HEARTBEAT_S / 2)
+        if _holder(storage, parts).get("beat") != first.get("beat"):
+            return False
+    return True
+
+
+def _process_start(pid: int) -> str | None:
+    """Returns a process's start time as the kernel counts it, None if it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except (OSError, IndexError):
+        try:
+            os.kill(pid, 0)
+        except (ProcessLookupError, PermissionError):
+            return None
+        return "alive"
+    return None if fields[0] == "Z" else fields[19]

@@ -1,0 +1,96 @@
+"""Named errors of the platform: what was found, and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class KdscaleError(Exception):
+    """Base of every error that kdscale raises on purpose."""
+
+
+class ConfigError(KdscaleError, ValueError):
+    """A recipe, sweep or command line that cannot mean anything."""
+
+
+class UnknownName(ConfigError):
+    """A name that no registry holds."""
+
+
+class UnknownField(ConfigError):
+    """A recipe or spec was given a field that it does not have."""
+
+
+class PrecisionError(ConfigError):
+    """A precision that the device cannot compute in at a usable speed."""
+
+
+class MissingInput(KdscaleError, ValueError):
+    """A computation was asked for without something it needs."""
+
+
+class DataError(KdscaleError, ValueError):
+    """Input data that cannot be used as they are."""
+
+
+class NoShards(DataError):
+    """A pattern that matches no shard."""
+
+
+class EmptyShard(DataError):
+    """A shard without a single usable sample."""
+
+
+class TooManyBadSamples(DataError):
+    """More bad samples than the data spec allows."""
+
+
+class ShardChanged(DataError):
+    """A shard no longer holds what its manifest says."""
+
+
+class WeightsError(KdscaleError):
+    """Model weights that are absent or do not fit the architecture."""
+
+
+class StorageError(KdscaleError):
+    """The storage refused or lost something."""
+
+
+class LeaseLost(StorageError):
+    """Another writer took over the stage that this process was computing."""
+
+
+class CheckpointError(StorageError):
+    """A checkpoint that cannot be resumed from."""
+
+
+class TrainingDiverged(KdscaleError):
+    """The loss stopped being a finite number."""
+
+
+class StageFailed(KdscaleError):
+    """A stage of a trial ended with an error."""
+
+
+class ImpossibleResources(KdscaleError):
+    """A placement that this cluster can never satisfy."""
+
+
+class TrackingError(KdscaleError):
+    """The tracking server refused something that waiting will not repair."""
+
+
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> UnknownName:
+    """Builds the error for a name outside a registry, with the nearest known names.
+
+    Args:
+        kind: What the name was meant to be, in words ("teacher", "loss recipe").
+        name: What was given.
+        known: The registry's names.
+    """
+    names = sorted(known)
+    near = get_close_matches(str(name), names, n=2)
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    return UnknownName(f"unknown {kind} {name!r}.{hint} Known: {', '.join(names)}.")

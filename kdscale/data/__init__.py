@@ -1,0 +1,1 @@
+"""Shards and their manifests, the order of the samples, and the stream that trains on them."""

@@ -1,0 +1,297 @@
+"""The manifest of a data set: what is in every shard, and what in it is unusable.
+
+It is made once, by decoding everything; later readers trust it and notice when a file no longer
+fits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
+from typing import Any, Self
+
+import fsspec
+import numpy as np
+
+from kdscale.core.config import DataSpec
+from kdscale.core.types import DataError, EmptyShard, ShardChanged, TooManyBadSamples
+from kdscale.data.raw import RawSample, expand, read_shard, read_tar
+from kdscale.data.samples import BadImage, decode
+
+__all__ = [
+    "Manifest",
+    "RawSample",
+    "ShardEntry",
+    "build_manifest",
+    "expand",
+    "read_good",
+    "read_labelled",
+    "read_tar",
+    "verify_shard",
+]
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """What the manifest knows of one shard.
+
+    Attributes:
+        num_samples: Usable samples.
+        keys_digest: Hash of the usable samples' keys, in order.
+        quarantine: (index, key, cause) of every unusable sample.
+    """
+
+    path: str
+    num_bytes: int
+    sha256: str
+    num_samples: int
+    keys_digest: str
+    quarantine: tuple[tuple[int, str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The verified contents of a data set, in shard order.
+
+    Attributes:
+        labelled: Samples were required to carry an integer label instead of a caption.
+    """
+
+    shards: tuple[ShardEntry, ...]
+    labelled: bool = False
+    version: int = field(default=1, kw_only=True)
+
+    @property
+    def num_samples(self) -> int:
+        """Usable samples of all shards."""
+        return sum(self.counts)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all shards."""
+        return sum(shard.num_bytes for shard in self.shards)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Usable samples per shard, which is what `Order` takes."""
+        return tuple(shard.num_samples for shard in self.shards)
+
+    @cached_property
+    def hash(self) -> str:
+        """Hash of the contents and of what is quarantined; not of where the shards lie."""
+        shards = [(s.sha256, s.num_samples, s.keys_digest, s.quarantine) for s in self.shards]
+        text = json.dumps([self.version, self.labelled, shards])
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+    def causes(self) -> dict[str, int]:
+        """Counts the quarantined samples by cause."""
+        return dict(Counter(cause for s in self.shards for _, _, cause in s.quarantine))
+
+    def to_json(self) -> str:
+        """Writes the manifest as JSON, one shard a line."""
+        lines = ",\n".join(json.dumps(asdict(shard)) for shard in self.shards)
+        labelled = json.dumps(self.labelled)
+        return (
+            f'{{"version": {self.version}, "labelled": {labelled}, "hash": "{self.hash}", '
+            f'"shards": [\n{lines}\n]}}\n'
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            DataError: Not a manifest, or edited since it was written.
+        """
+        try:
+            value = json.loads(text)
+            shards = tuple(
+                ShardEntry(**s | {"quarantine": tuple((i, k, c) for i, k, c in s["quarantine"])})
+                for s in value["shards"]
+            )
+            manifest = cls(shards, value["labelled"], version=value["version"])
+            if value["hash"] != manifest.hash:
+                raise ValueError("its hash does not fit its contents")
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"not a usable manifest ({error}); verify the data again") from error
+        return manifest
+
+
+def build_manifest(
+    spec: DataSpec,
+    *,
+    labelled: bool = False,
+    num_threads: int | None = None,
+    progress: Callable[[ShardEntry], None] | None = None,
+) -> Manifest:
+    """Verifies every shard of a data set by decoding every image.
+
+    Args:
+        labelled: Require an integer `label` in the metadata instead of a caption.
+        num_threads: Shards verified at a time, None for one per core; decoding runs outside
+            the interpreter lock.
+        progress: Called with each finished shard, in order.
+
+    Raises:
+        NoShards: The pattern matches nothing.
+        EmptyShard: A shard has no usable sample.
+        TooManyBadSamples: More are unusable than `spec.max_bad_fraction`.
+    """
+    if spec.urls is None:
+        raise DataError(f"data {spec.name!r} has no urls: draw or download its shards first")
+    entries: list[ShardEntry] = []
+    paths = expand(spec.urls)
+    with ThreadPoolExecutor(num_threads or min(len(paths), os.cpu_count() or 1)) as pool:
+        try:
+            for entry in pool.map(partial(verify_shard, labelled=labelled), paths):
+                entries.append(entry)
+                if progress is not None:
+                    progress(entry)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    manifest = Manifest(tuple(entries), labelled)
+    _check_fraction(manifest, spec.max_bad_fraction)
+    return manifest
+
+
+def _check_fraction(manifest: Manifest, allowed: float) -> None:
+    """Raises where too large a part of the data is unusable."""
+    bad = sum(manifest.causes().values())
+    total = bad + manifest.num_samples
+    if bad <= allowed * total:
+        return
+    counts = ", ".join(f"{cause} {count}" for cause, count in sorted(manifest.causes().items()))
+    examples = [
+        f"{key} in {shard.path} ({cause})"
+        for shard in manifest.shards
+        for _, key, cause in shard.quarantine
+    ][:3]
+    raise TooManyBadSamples(
+        f"{bad} of {total} samples are unusable ({bad / total:.1%}, allowed {allowed:.1%}): "
+        f"{counts}; for example {'; '.join(examples)}. Repair the shards or raise "
+        "max_bad_fraction."
+    )
+
+
+def verify_shard(path: str, *, labelled: bool = False) -> ShardEntry:
+    """Reads and decodes one whole shard.
+
+    Raises:
+        EmptyShard: It has no usable sample.
+    """
+    fs, inner = fsspec.core.url_to_fs(path)
+    size, checksum = int(fs.size(inner)), hashlib.sha256()
+    keys = hashlib.blake2b(digest_size=16)
+    seen: set[str] = set()
+    good = 0
+    quarantine: list[tuple[int, str, str]] = []
+    for sample in read_shard(inner, fs, checksum):
+        cause = "duplicate_key" if sample.key in seen else find_fault(sample, labelled)
+        seen.add(sample.key)
+        if cause is None:
+            good += 1
+            keys.update(sample.key.encode() + b"\0")
+        else:
+            quarantine.append((sample.index, sample.key, cause))
+    if not good:
+        counts = Counter(cause for _, _, cause in quarantine)
+        found = ", ".join(f"{cause} {count}" for cause, count in sorted(counts.items()))
+        raise EmptyShard(
+            f"{path} ({size} bytes) has no usable sample; found: {found or 'nothing'}. "
+            "Remove it from the pattern or write it again."
+        )
+    digests = checksum.hexdigest(), keys.hexdigest()
+    return ShardEntry(path, size, digests[0], good, digests[1], tuple(quarantine))
+
+
+def find_fault(sample: RawSample, labelled: bool = False) -> str | None:
+    """Names what makes a sample unusable, cheap checks first; None where nothing does."""
+    if sample.cut:
+        return "truncated_tar"
+    if not sample.jpg:
+        return "missing_image"
+    if not labelled and sample.txt is None:
+        return "missing_caption"
+    try:
+        if not labelled and not sample.caption:
+            return "empty_caption"
+    except UnicodeDecodeError:
+        return "non_utf8_caption"
+    try:
+        label = sample.meta.get("label")
+    except ValueError:
+        return "bad_json"
+    if labelled and (not isinstance(label, int) or isinstance(label, bool)):
+        return "missing_label"
+    try:
+        decode(sample.jpg)
+    except BadImage as error:
+        return error.cause
+    return None
+
+
+def read_good(path: str, fs: Any, entry: ShardEntry) -> Iterator[RawSample]:
+    """Streams the usable samples of a shard, in order.
+
+    Args:
+        path: Where the shard lies on `fs`, which need not be where it was verified.
+
+    Raises:
+        ShardChanged: Its size, its keys or their number are not those of the manifest. The
+            keys are known only at the end: a reader must not use a shard half read.
+    """
+    try:
+        size = int(fs.size(path))
+    except FileNotFoundError as error:
+        raise ShardChanged(f"{path} is gone since its manifest was made") from error
+    if size != entry.num_bytes:
+        raise ShardChanged(changed(path, f"{size} bytes instead of {entry.num_bytes}"))
+    bad = {index for index, _, _ in entry.quarantine}
+    keys = hashlib.blake2b(digest_size=16)
+    good = 0
+    for sample in read_shard(path, fs):
+        if sample.index in bad:
+            continue
+        if not sample.jpg or sample.cut:
+            raise ShardChanged(changed(path, f"sample {sample.key!r} has no whole image"))
+        good += 1
+        keys.update(sample.key.encode() + b"\0")
+        yield sample
+    if good != entry.num_samples:
+        raise ShardChanged(changed(path, f"{good} samples instead of {entry.num_samples}"))
+    if keys.hexdigest() != entry.keys_digest:
+        raise ShardChanged(changed(path, "other keys"))
+
+
+def changed(path: str, what: str) -> str:
+    """Words the error for a shard that differs from its manifest."""
+    return f"{path} changed since its manifest was made: it has {what}. Verify the data again."
+
+
+def read_labelled(
+    manifest: Manifest,
+) -> Iterator[tuple[str, int, np.ndarray[Any, np.dtype[np.uint8]]]]:
+    """Streams (key, label, image as (H, W, 3) uint8) of a labelled data set, in order.
+
+    Raises:
+        DataError: The manifest was made without `labelled`.
+        ShardChanged: A shard no longer fits the manifest.
+    """
+    if not manifest.labelled:
+        raise DataError("this manifest does not vouch for labels: build it with labelled=True")
+    for entry in manifest.shards:
+        fs, path = fsspec.core.url_to_fs(entry.path)
+        for sample in read_good(path, fs, entry):
+            try:
+                image = decode(sample.jpg or b"")
+            except BadImage as error:
+                what = f"a bad image under {sample.key!r} ({error})"
+                raise ShardChanged(changed(entry.path, what)) from error
+            yield sample.key, int(sample.meta["label"]), image

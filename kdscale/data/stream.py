@@ -1,0 +1,416 @@
+"""The training stream: Ray Data reads and decodes ahead, every worker gets exactly its rows.
+
+Pipeline: one read task per window of shards (compressed bytes, in the order of
+`kdscale.data.order`) -> blocks of equal row count -> decode, crop and tokenise -> split. With
+`preserve_order` and equal blocks Ray deals blocks to the workers in turn, so that the place of
+every row is known beforehand; `TrainStream` checks it at each step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache, partial
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import fsspec
+import numpy as np
+import pyarrow as pa
+
+from kdscale.core.types import ConfigError, DataError, KdscaleError, ShardChanged
+from kdscale.data.order import WINDOW_SAMPLES, Order, Segment
+from kdscale.data.samples import BadImage, Batch, Crop, render, view_of
+from kdscale.data.shards import Manifest, ShardEntry, changed, read_good
+
+if TYPE_CHECKING:
+    import ray.data
+    import ray.train
+
+Tokenizer = Callable[[list[str]], Any]
+
+BLOCK_BYTES = 64 << 20
+_READ_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """What to stream, to how many workers, from which step on.
+
+    Attributes:
+        epochs: Passes over the data; `total_steps` may end the run earlier, or stand alone.
+        num_workers: Must divide `global_batch_size`; changes no row's place.
+        start_step: First step, that of the checkpoint which training resumes from.
+        views: Distinct crops per sample, None for a new one each epoch.
+        sizes: Image sides in pixels; all are rendered from the same crop.
+        tokenizers: Picklable functions without arguments, each making a tokenizer that turns
+            a list of captions into (B, T) integers; called once per process.
+        cpus_per_task: What a read or decode task asks of the scheduler.
+    """
+
+    manifest: Manifest
+    global_batch_size: int
+    sizes: tuple[int, ...]
+    epochs: int | None = None
+    total_steps: int | None = None
+    seed: int = 0
+    window_samples: int = WINDOW_SAMPLES
+    num_workers: int = 1
+    start_step: int = 0
+    crop: Crop = field(default_factory=Crop)
+    views: int | None = None
+    tokenizers: Mapping[str, Callable[[], Tokenizer]] = field(default_factory=dict)
+    cpus_per_task: float = 0.25
+    prefetch_batches: int = 2
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 1 or self.global_batch_size % self.num_workers:
+            raise ConfigError(
+                f"a global batch of {self.global_batch_size} cannot be shared equally by "
+                f"{self.num_workers} workers"
+            )
+        if not 0 <= self.start_step <= self.order.num_steps:
+            raise ConfigError(
+                f"start_step {self.start_step} lies outside a run of {self.order.num_steps} steps"
+            )
+        if not self.sizes and not self.tokenizers:
+            raise ConfigError("a stream needs image sizes or tokenizers, it has neither")
+
+    @cached_property
+    def order(self) -> Order:
+        """The order of the whole run."""
+        return Order(
+            self.manifest.counts,
+            self.seed,
+            self.global_batch_size,
+            self.epochs,
+            self.total_steps,
+            self.window_samples,
+        )
+
+    @property
+    def batch_size(self) -> int:
+        """One worker's share of the global batch."""
+        return self.global_batch_size // self.num_workers
+
+    @property
+    def block_rows(self) -> int:
+        """Rows per block: the share, or its largest divisor whose pixels fit `BLOCK_BYTES`.
+
+        Where only needlessly small blocks would do, the share it is.
+        """
+        limit = max(1, BLOCK_BYTES // self.row_bytes)
+        share = self.batch_size
+        best = max(rows for rows in range(1, min(limit, share) + 1) if share % rows == 0)
+        return best if best == share or best >= limit // 4 else share
+
+    @property
+    def row_bytes(self) -> int:
+        """Size of a decoded row, tokens guessed."""
+        return 3 * sum(px * px for px in self.sizes) + 2048
+
+
+def train_dataset(config: StreamConfig) -> ray.data.Dataset:
+    """Builds the stream of all steps from `config.start_step` to the end of the run.
+
+    Columns: `row`, `epoch` (int64), `key`, `image_{px}` (px, px, 3) uint8, `tokens_{name}` (T,)
+    int64. Nothing is read before somebody iterates.
+    """
+    import ray.cloudpickle
+    import ray.data
+
+    plan = _Plan(
+        config.crop,
+        config.views,
+        config.sizes,
+        {name: ray.cloudpickle.dumps(make) for name, make in config.tokenizers.items()},
+        tuple(shard.path for shard in config.manifest.shards),
+    )
+    rows, cpus = config.block_rows, config.cpus_per_task
+    dataset = _source(config)
+    if rows < config.batch_size and config.num_workers > 1:
+        dataset = dataset.repartition(
+            target_num_rows_per_block=config.global_batch_size, strict=True
+        ).map_batches(
+            partial(deal, num_workers=config.num_workers, rows=rows),
+            batch_size=config.global_batch_size,
+            batch_format="pyarrow",
+            num_cpus=cpus,
+        )
+    dataset = dataset.repartition(target_num_rows_per_block=rows, strict=True).map_batches(
+        partial(_finish, plan=plan), batch_size=rows, batch_format="pyarrow", num_cpus=cpus
+    )
+    context = dataset.context
+    context.enable_progress_bars = False
+    context.enable_operator_progress_bars = False
+    context.print_on_execution_start = False
+    context.raise_original_map_exception = True
+    # A block that Ray would cut in two is a block that no longer goes to one worker.
+    context.target_max_block_size = max(
+        context.target_max_block_size or 0, 2 * rows * config.row_bytes
+    )
+    context.execution_options = execution_options()
+    return dataset
+
+
+def execution_options(
+    num_cpus: float | None = None, object_store_bytes: int | None = None
+) -> ray.data.ExecutionOptions:
+    """Makes Ray Data keep the order, and stay within a budget where one is given."""
+    from ray.data import ExecutionOptions, ExecutionResources
+
+    limits = ExecutionResources.for_limits(cpu=num_cpus, object_store_memory=object_store_bytes)
+    return ExecutionOptions(resource_limits=limits, preserve_order=True, verbose_progress=False)
+
+
+def data_config(
+    num_cpus: float | None = None, object_store_bytes: int | None = None
+) -> ray.train.DataConfig:
+    """Configures a Ray Train trainer for `train_dataset`.
+
+    Args:
+        num_cpus: What all read and decode tasks of this trial may use together. The training
+            workers' own share is reserved by Ray Train already; None leaves the rest of the
+            cluster to the stream, which is right for one trial at a time only.
+        object_store_bytes: Likewise for decoded blocks in flight.
+    """
+    from ray.train import DataConfig
+
+    return DataConfig(
+        execution_options=execution_options(num_cpus, object_store_bytes),
+        enable_shard_locality=False,
+    )
+
+
+def _source(config: StreamConfig) -> ray.data.Dataset:
+    """Makes the dataset of compressed samples: one read task per segment."""
+    import ray.data
+    from ray.data import Datasource, ReadTask
+    from ray.data.block import BlockMetadata
+
+    segments = config.order.segments(config.start_step)
+    shards = config.manifest.shards
+    if not len(segments):
+        raise ConfigError(f"no steps are left from step {config.start_step} on")
+
+    class Shards(Datasource):
+        """Reads segments in the order of the run."""
+
+        def estimate_inmemory_data_size(self) -> int | None:
+            return None
+
+        def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
+            return [_task(segment) for segment in segments]
+
+    def _task(segment: Segment) -> ReadTask:
+        entries = tuple(shards[number] for number in segment.shards)
+        return ReadTask(
+            partial(read_segment, segment, entries),
+            BlockMetadata(
+                num_rows=segment.num_rows, size_bytes=None, exec_stats=None, input_files=None
+            ),
+        )
+
+    return ray.data.read_datasource(
+        Shards(), override_num_blocks=len(segments), num_cpus=config.cpus_per_task
+    )
+
+
+def read_segment(segment: Segment, entries: tuple[ShardEntry, ...]) -> Iterator[pa.Table]:
+    """Reads the compressed samples of a segment, in order.
+
+    The whole segment is held in memory before the first row leaves: its rows lie anywhere in
+    its shards, and a shard is trusted only once it has been read to the end.
+
+    Yields:
+        Tables with columns row, epoch, shard, key, caption, jpg.
+    """
+    slots, places = segment.positions()
+    found: list[tuple[str, str, bytes] | None] = [None] * segment.num_rows
+    for slot, entry in enumerate(entries):
+        rows = np.flatnonzero(slots == slot)
+        if not len(rows):
+            continue
+        target = np.full(entry.num_samples, -1, np.int64)
+        target[places[rows]] = rows
+        fs, path = fsspec.core.url_to_fs(entry.path)
+        # Not strict: the reader itself complains of too many or too few, by name.
+        for row, sample in zip(_endless(target.tolist()), read_good(path, fs, entry), strict=False):
+            if row >= 0:
+                found[row] = (sample.key, sample.caption, sample.jpg or b"")
+    shard_of = np.asarray(segment.shards, np.int32)[slots]
+    for start in range(0, segment.num_rows, _READ_ROWS):
+        stop = min(start + _READ_ROWS, segment.num_rows)
+        keys, captions, images = zip(*(row for row in found[start:stop] if row), strict=True)
+        found[start:stop] = [None] * (stop - start)
+        yield pa.table(
+            {
+                "row": np.arange(start, stop, dtype=np.int64) + segment.first_row,
+                "epoch": np.full(stop - start, segment.epoch, np.int64),
+                "shard": shard_of[start:stop],
+                "key": pa.array(keys, pa.string()),
+                "caption": pa.array(captions, pa.string()),
+                "jpg": pa.array(images, pa.large_binary()),
+            }
+        )
+
+
+def _endless(targets: list[int]) -> Iterator[int]:
+    """Continues with -1, so that surplus samples reach the reader's own check."""
+    yield from targets
+    while True:
+        yield -1
+
+
+def deal(table: pa.Table, num_workers: int, rows: int) -> pa.Table:
+    """Reorders one global batch so that dealing blocks in turn gives each worker its share."""
+    size = table.num_rows
+    order = np.arange(size).reshape(num_workers, size // (num_workers * rows), rows)
+    return table.take(pa.array(order.transpose(1, 0, 2).ravel()))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What `_finish` needs of a configuration."""
+
+    crop: Crop
+    views: int | None
+    sizes: tuple[int, ...]
+    tokenizers: dict[str, bytes]
+    paths: tuple[str, ...]
+
+
+def _finish(table: pa.Table, plan: _Plan) -> dict[str, Any]:
+    """Decodes, crops and tokenises one block."""
+    cv2.setNumThreads(1)
+    keys = table.column("key").to_pylist()
+    columns: dict[str, Any] = {
+        "row": table.column("row").to_numpy(),
+        "epoch": table.column("epoch").to_numpy(),
+        "key": np.array(keys),
+    }
+    if plan.sizes:
+        shards = table.column("shard").to_pylist()
+        images = {px: np.empty((len(keys), px, px, 3), np.uint8) for px in plan.sizes}
+        for i, data in enumerate(table.column("jpg").to_pylist()):
+            view = view_of(int(columns["epoch"][i]), plan.views)
+            try:
+                crops = render(data, keys[i], view, plan.crop, plan.sizes)
+            except BadImage as error:
+                what = f"a bad image under {keys[i]!r} ({error})"
+                raise ShardChanged(changed(plan.paths[shards[i]], what)) from error
+            for px, pixels in crops.items():
+                images[px][i] = pixels
+        columns |= {f"image_{px}": pixels for px, pixels in images.items()}
+    captions = table.column("caption").to_pylist()
+    for name, payload in plan.tokenizers.items():
+        tokens = np.asarray(_tokenizer(payload)(captions), np.int64)
+        if tokens.ndim != 2 or len(tokens) != len(captions):
+            raise DataError(f"tokenizer {name!r} made {tokens.shape} of {len(captions)} captions")
+        columns[f"tokens_{name}"] = tokens
+    return columns
+
+
+@lru_cache(maxsize=8)
+def _tokenizer(payload: bytes) -> Tokenizer:
+    """Makes a tokenizer once per process."""
+    import ray.cloudpickle
+
+    return ray.cloudpickle.loads(payload)()
+
+
+class TrainStream:
+    """One worker's side of the stream: a `Batch` per step until the run's last step.
+
+    Attributes:
+        wait_s: Seconds spent waiting for batches since the last `take_wait_s`.
+    """
+
+    def __init__(self, iterator: Any, config: StreamConfig, rank: int) -> None:
+        """Wraps a shard of `train_dataset`.
+
+        Args:
+            iterator: What `ray.train.get_dataset_shard` or `streaming_split` gives.
+        """
+        self._iterator = iterator
+        self._config = config
+        self._rank = rank
+        self.wait_s = 0.0
+
+    def __len__(self) -> int:
+        return self._config.order.num_steps - self._config.start_step
+
+    def take_wait_s(self) -> float:
+        """Returns the seconds waited since the last call."""
+        waited, self.wait_s = self.wait_s, 0.0
+        return waited
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yields the batches of all remaining steps.
+
+        Raises:
+            DataError: The stream ended early, or its rows are not those of the step.
+            ShardChanged: A shard no longer fits the manifest.
+        """
+        config = self._config
+        blocks: Iterable[dict[str, Any]] = self._iterator.iter_batches(
+            batch_size=config.batch_size,
+            batch_format="numpy",
+            prefetch_batches=config.prefetch_batches,
+        )
+        blocks = iter(blocks)
+        try:
+            for step in range(config.start_step, config.order.num_steps):
+                began = time.perf_counter()
+                columns = _next(blocks)
+                self.wait_s += time.perf_counter() - began
+                if columns is None:
+                    raise DataError(
+                        f"the stream ended before step {step} of {config.order.num_steps}"
+                    )
+                yield self._batch(step, columns)
+        finally:
+            close = getattr(blocks, "close", None)
+            if close is not None:
+                close()
+
+    def _batch(self, step: int, columns: dict[str, Any]) -> Batch:
+        """Checks a step's rows and wraps its arrays."""
+        size, rows = self._config.batch_size, columns["row"]
+        first = step * self._config.global_batch_size + self._rank * size
+        if not np.array_equal(rows, np.arange(first, first + size)):
+            raise DataError(
+                f"order contract broken: step {step} of worker {self._rank} should be rows "
+                f"{first} to {first + size - 1} and is {len(rows)} rows from {rows[:1]}"
+            )
+        return Batch(
+            step,
+            int(columns["epoch"][0]),
+            rows,
+            columns["key"].tolist(),
+            {px: _tensor(columns[f"image_{px}"]) for px in self._config.sizes},
+            {name: _tensor(columns[f"tokens_{name}"]) for name in self._config.tokenizers},
+        )
+
+
+def _next(blocks: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
+    """Takes the next block, raising our own errors as they were raised on the data task."""
+    try:
+        return next(blocks, None)
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not (
+            isinstance(cause, KdscaleError) and not hasattr(cause, "cause_cls")
+        ):
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        if isinstance(cause, KdscaleError):
+            raise cause from error
+        raise
+
+
+def _tensor(array: np.ndarray[Any, Any]) -> Any:
+    """Wraps an array of shared memory without a copy."""
+    import torch
+
+    return torch.from_numpy(array)

@@ -1,0 +1,1 @@
+"""Evaluation: zero-shot classification and, per benchmark, scores one can trust."""

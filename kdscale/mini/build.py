@@ -1,0 +1,155 @@
+"""Writes miniature worlds in the formats of the real data sets.
+
+Image-text pairs become WebDataset tars in img2dataset's layout, as CC12M is distributed:
+`00000.tar`, `00001.tar`, ... with the members `{shard:05d}{row:04d}.jpg`, `.txt` and `.json`.
+The bytes of a shard depend on the world alone, not on when, where or by how many processes it is
+written.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import os
+import tarfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import cv2
+
+from kdscale.core.config import MiniWorld
+from kdscale.core.types import ConfigError
+from kdscale.mini.scenes import CLASSNAMES, Scene, caption, draw, render
+
+JPEG_QUALITY = 90
+MAX_SAMPLES_PER_SHARD = 10_000
+
+
+def write_world(
+    world: MiniWorld,
+    directory: str,
+    *,
+    processes: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Writes a world's image-text pairs as WebDataset tars.
+
+    Args:
+        world: What to draw.
+        directory: Where to; created if absent. Shards of the same name are replaced, each
+            atomically.
+        processes: Processes that draw; 1 draws in this one.
+        progress: Called with (shards written, shards in all) after each shard.
+
+    Returns:
+        The shards' paths, in order.
+
+    Raises:
+        ConfigError: More samples per shard than a key has digits for.
+    """
+    if world.samples_per_shard > MAX_SAMPLES_PER_SHARD:
+        raise ConfigError(
+            f"samples_per_shard is {world.samples_per_shard}; keys have four digits, "
+            f"so at most {MAX_SAMPLES_PER_SHARD}"
+        )
+    os.makedirs(directory, exist_ok=True)
+    num_shards = -(-world.num_samples // world.samples_per_shard)
+    paths = [os.path.join(directory, f"{shard:05d}.tar") for shard in range(num_shards)]
+    for done, _ in enumerate(_written(world, paths, min(processes, num_shards)), start=1):
+        if progress is not None:
+            progress(done, num_shards)
+    return paths
+
+
+def _written(world: MiniWorld, paths: list[str], processes: int) -> Iterator[int]:
+    """Yields the number of each shard as soon as it is written."""
+    if processes <= 1:
+        for shard, path in enumerate(paths):
+            yield write_shard(world, shard, path)
+        return
+    # Forked children would inherit the locks of OpenCV's and torch's threads.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        jobs = [pool.submit(write_shard, world, shard, path) for shard, path in enumerate(paths)]
+        for job in as_completed(jobs):
+            yield job.result()
+
+
+def write_shard(world: MiniWorld, shard: int, path: str) -> int:
+    """Writes one tar under a temporary name and renames it.
+
+    Args:
+        world: What to draw.
+        shard: Its number; it holds the indices from `shard * samples_per_shard` on.
+        path: Where to.
+
+    Returns:
+        The shard's number.
+    """
+    first = shard * world.samples_per_shard
+    last = min(first + world.samples_per_shard, world.num_samples)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for index in range(first, last):
+                key = f"{shard:05d}{index - first:04d}"
+                for extension, data in encode_sample(world, index, key).items():
+                    _add(tar, f"{key}.{extension}", data)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return shard
+
+
+def encode_sample(world: MiniWorld, index: int, key: str) -> dict[str, bytes]:
+    """Draws one sample and encodes its three files.
+
+    Args:
+        world: What to draw.
+        index: The sample's place in the world.
+        key: Name of the sample's files.
+
+    Returns:
+        Bytes of `jpg`, `txt` and `json`.
+    """
+    scene = draw(world, index)
+    text, other = caption(world, index)
+    record = {
+        "key": key,
+        "caption": text,
+        "url": f"mini://{world.seed}/{world.split}/{index}",
+        "status": "success",
+        "width": world.image_px,
+        "height": world.image_px,
+        "caption_of": index if other is None else other,
+        **_label(scene),
+        "facts": scene.facts(),
+    }
+    return {
+        "jpg": encode_jpeg(scene, world.image_px),
+        "txt": text.encode(),
+        "json": json.dumps(record, separators=(",", ":")).encode(),
+    }
+
+
+def _label(scene: Scene) -> dict[str, Any]:
+    """The class of a scene that has one."""
+    if scene.label is None:
+        return {}
+    return {"label": scene.label, "class": CLASSNAMES[scene.label]}
+
+
+def encode_jpeg(scene: Scene, px: int) -> bytes:
+    """Paints a scene and returns it as a JPEG."""
+    bgr = cv2.cvtColor(render(scene, px), cv2.COLOR_RGB2BGR)
+    return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes()
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Adds a file whose metadata do not depend on time or user."""
+    entry = tarfile.TarInfo(name)
+    entry.size, entry.mode, entry.mtime = len(data), 0o644, 0
+    tar.addfile(entry, io.BytesIO(data))

@@ -1,0 +1,1 @@
+"""Image-text towers: building, weights, inputs, and the layers that must not depend on workers."""

@@ -1,0 +1,1 @@
+"""Stages: pure functions with a content key, run on Ray workers."""

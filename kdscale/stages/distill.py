@@ -1,0 +1,446 @@
+"""The distillation stage: train a student CLIP, with a frozen teacher or without one.
+
+Runs on every worker of a process group. Pretraining a miniature teacher is the same stage with
+no teacher. Shape suffixes: B rows of one worker, H W image sides, D width, T tokens.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from torch.nn.parallel import DistributedDataParallel
+
+from kdscale.core.checkpoints import Checkpoints
+from kdscale.core.config import Distill, TowerSpec
+from kdscale.core.journal import JournalWriter
+from kdscale.core.storage import StageStore, Storage
+from kdscale.core.types import CheckpointError, ConfigError, TrainingDiverged
+from kdscale.data.samples import Batch
+from kdscale.data.shards import Manifest
+from kdscale.losses.heads import MAX_LOG_SCALE, DistillHeads
+from kdscale.losses.recipes import LossFlags, weights_for
+from kdscale.models.batchnorm import collecting, commit_running_stats, group_batchnorm
+from kdscale.models.droppath import sampled_drop_path, set_draws
+from kdscale.models.towers import build_clip, normalise, save_clip
+from kdscale.stages.evaluate import Evaluator, Scores, Tower
+from kdscale.stages.exchange import gather_rows
+from kdscale.stages.loop import (
+    ExchangeOptions,
+    World,
+    adam_options,
+    autocast,
+    average_gradients,
+    backward_step,
+    batch_digest,
+    check_precision,
+    learning_rate,
+    micro_batches,
+    parameter_groups,
+)
+
+STAGE_WEIGHTS = "stage:"
+
+
+@dataclass(frozen=True)
+class DistillJob:
+    """Everything a worker needs to run the stage; picklable.
+
+    Attributes:
+        kind: `teacher` or `distill`.
+        key: Content key.
+        storage_root: Where the stage store is.
+        recipe: Resolved recipe.
+        total_steps: Optimizer steps.
+        data: Manifest of the training data.
+        zero_shot_data: Manifest of the benchmark's images.
+    """
+
+    kind: str
+    key: str
+    storage_root: str
+    recipe: Distill
+    total_steps: int
+    data: Manifest
+    zero_shot_data: Manifest | None = None
+
+    @property
+    def stage(self) -> StageStore:
+        """The stage's directory."""
+        return StageStore(Storage(self.storage_root), self.kind, self.key)
+
+
+class Encoder(nn.Module):
+    """Both towers of a student in one forward, so that DDP sees one module."""
+
+    def __init__(self, clip: nn.Module) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, pixels_BCHW: Tensor, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns raw image and text features, (B, D) each."""
+        return self.clip.encode_image(pixels_BCHW), self.clip.encode_text(tokens_BT)  # pyright: ignore
+
+
+def load_tower(spec: TowerSpec, storage: Storage, seed: int = 0, **options: Any) -> nn.Module:
+    """Builds a tower, taking weights that are another stage's output from the store."""
+    if not spec.weights.startswith(STAGE_WEIGHTS):
+        return build_clip(spec, seed=seed, **options)
+    kind, key = spec.weights.removeprefix(STAGE_WEIGHTS).split("/")
+    with storage.local_directory("stages", kind, key, "output", "model") as directory:
+        return build_clip(spec.replace(weights=directory), seed=seed, **options)
+
+
+class DistillTask:
+    """Student, teacher, heads and optimizer of one run, and one optimizer step of it."""
+
+    def __init__(self, job: DistillJob, world: World) -> None:
+        recipe = job.recipe
+        check_precision(recipe.precision or "fp32", world.device.type)
+        self.job, self.recipe, self.world = job, recipe, world
+        self.flags = LossFlags.for_mode(recipe.mode, **recipe.flags)
+        if self.flags.unsynced_heads and not self.flags.drop_heads_on_resume:
+            raise ConfigError(
+                "unsynced_heads needs drop_heads_on_resume: a checkpoint holds one set of heads"
+            )
+        storage = Storage(job.storage_root)
+        self.student = self._build_student(storage)
+        self.teacher = self._build_teacher(storage)
+        teacher_dim = None if self.teacher is None else self.teacher.spec.embed_dim
+        loss = recipe.loss
+        weights = loss if callable(loss) else weights_for(loss, self.flags)
+        self.heads = DistillHeads(
+            self.student.spec.embed_dim, teacher_dim, weights, self.flags, recipe.seed, world.rank
+        ).to(world.device)
+        self.encoder = self._wrap()
+        self.optimizer = self._build_optimizer()
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "fp16")
+        rows = recipe.global_batch_size // world.size
+        micro = recipe.run.micro_batch_size if recipe.run else None
+        self.parts = micro_batches(rows, micro)
+
+    def _build_student(self, storage: Storage) -> Tower:
+        spec = self.recipe.student
+        assert isinstance(spec, TowerSpec)
+        model = load_tower(spec, storage, seed=self.recipe.seed, drop_path=self.recipe.drop_path)
+        group_batchnorm(model, self.recipe.bn_group)
+        sampled_drop_path(model)
+        return Tower(model.to(self.world.device).train(), spec)
+
+    def _build_teacher(self, storage: Storage) -> Tower | None:
+        spec = self.recipe.teacher
+        if spec is None:
+            return None
+        assert isinstance(spec, TowerSpec)
+        model = load_tower(spec, storage).to(self.world.device).eval()
+        return Tower(model.requires_grad_(False), spec)
+
+    @property
+    def scales(self) -> list[nn.Parameter]:
+        """The student's logit scale and, if it has one, bias; they live outside DDP."""
+        model: Any = self.student.model
+        bias = getattr(model, "logit_bias", None)
+        return [model.logit_scale] + ([bias] if isinstance(bias, nn.Parameter) else [])
+
+    def _wrap(self) -> nn.Module:
+        encoder = Encoder(self.student.model)
+        if self.world.size == 1:
+            return encoder
+        outside = {id(parameter) for parameter in self.scales}
+        names = [name for name, p in encoder.named_parameters() if id(p) in outside]
+        buffers = [name for name, _ in encoder.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            encoder, names + buffers
+        )
+        return DistributedDataParallel(encoder, broadcast_buffers=False)
+
+    def _build_optimizer(self) -> torch.optim.AdamW:
+        groups = parameter_groups(self.student.model, self.recipe.weight_decay)
+        groups += self.heads.weight_decay_groups(self.recipe.weight_decay)
+        options: Any = adam_options(self.recipe, self.flags.betas_by_name)
+        return torch.optim.AdamW(groups, lr=self.recipe.lr, **options)
+
+    def step(self, batch: Batch) -> dict[str, Tensor]:
+        """Runs one optimizer step and returns the terms of the global loss, unsynchronised."""
+        lr = learning_rate(
+            batch.step,
+            lr=self.recipe.lr,
+            warmup_steps=self.recipe.warmup_steps,
+            total_steps=self.job.total_steps,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        options = ExchangeOptions(
+            detached=self.flags.detached_gather,
+            synced=not self.flags.unsynced_heads,
+            scale=float(self.scaler.get_scale()),
+        )
+        terms = backward_step(
+            self.encoder, self._encode_fn(batch), self._loss_fn(batch), self.parts, options
+        )
+        self._update(options.scale)
+        return terms | {"lr": torch.tensor(lr), "logit_scale": self.scales[0].detach().exp()}
+
+    def _update(self, scale: float) -> None:
+        """Averages, clips, steps and clamps."""
+        shared = [p for p in self.heads.parameters() if not self.flags.unsynced_heads]
+        average_gradients(self.scales + shared, self.world)
+        for parameter in [*self.scales, *self.heads.parameters()]:
+            if parameter.grad is not None and scale != 1.0:
+                parameter.grad.mul_(scale)  # the scaler divides every gradient again
+        if self.recipe.grad_clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            groups = [g for g in self.optimizer.param_groups if g["clip_grad"]]
+            nn.utils.clip_grad_norm_(
+                [p for g in groups for p in g["params"]], self.recipe.grad_clip
+            )
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        commit_running_stats(self.student.model, self.world.sum)
+        with torch.no_grad():
+            self.scales[0].clamp_(0.0, MAX_LOG_SCALE)
+        self.heads.clamp_()
+
+    def _encode_fn(self, batch: Batch) -> Callable[[slice, bool], tuple[Tensor, ...]]:
+        spec, device = self.student.spec, self.world.device
+        images = batch.images[spec.image_px].to(device, non_blocking=True)
+        tokens = batch.tokens[spec.tokens_name].to(device, non_blocking=True)
+        rows = torch.as_tensor(batch.rows % self.recipe.global_batch_size)
+
+        def encode(part: slice, replay: bool) -> tuple[Tensor, ...]:
+            collecting(self.student.model, not replay)
+            set_draws(
+                self.student.model,
+                self.recipe.seed,
+                batch.step,
+                rows[part],
+                self.recipe.global_batch_size,
+            )
+            with autocast(self.recipe.precision or "fp32", device):
+                module = self.encoder if torch.is_grad_enabled() else _bare(self.encoder)
+                return module(normalise(images[part], spec), tokens[part])
+
+        return encode
+
+    def _loss_fn(self, batch: Batch) -> Callable[..., dict[str, Tensor]]:
+        teacher_image, teacher_text, teacher_scale = self._teach(batch)
+        scale = self.scales[0]
+        bias: Any = self.scales[1] if len(self.scales) > 1 else 0.0
+
+        def loss(image_ND: Tensor, text_ND: Tensor) -> dict[str, Tensor]:
+            return self.heads(
+                image_ND,
+                text_ND,
+                teacher_image,
+                teacher_text,
+                scale.exp(),
+                teacher_scale,
+                logit_bias=bias,
+            )
+
+        return loss
+
+    @torch.no_grad()
+    def _teach(self, batch: Batch) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Returns the teacher's unit features of the global batch and its scale."""
+        if self.teacher is None:
+            return None, None, None
+        model: Any = self.teacher.model
+        spec, device = self.teacher.spec, self.world.device
+        found: list[tuple[Tensor, Tensor]] = []
+        for part in self.parts:
+            pixels = normalise(batch.images[spec.image_px][part].to(device), spec)
+            tokens = batch.tokens[spec.tokens_name][part].to(device)
+            with autocast(self.recipe.precision or "fp32", device):
+                found.append((model.encode_image(pixels), model.encode_text(tokens)))
+        image, text = (torch.cat(column).float() for column in zip(*found, strict=True))
+        return (
+            gather_rows(normalize(image, dim=-1)),
+            gather_rows(normalize(text, dim=-1)),
+            model.logit_scale.exp(),
+        )
+
+    def state(self, step: int) -> bytes:
+        """Serialises everything that the next step depends on."""
+        state: dict[str, Any] = {
+            "step": step,
+            "manifest": self.job.data.hash,
+            "student": self.student.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
+        if not self.flags.drop_heads_on_resume:
+            state["heads"] = self.heads.state_dict()
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        return buffer.getvalue()
+
+    def load_state(self, data: bytes) -> int:
+        """Restores a state and returns its step.
+
+        Raises:
+            CheckpointError: If it belongs to other data.
+        """
+        state = torch.load(io.BytesIO(data), map_location=self.world.device, weights_only=True)
+        if state["manifest"] != self.job.data.hash:
+            raise CheckpointError(
+                f"the checkpoint was made on data {state['manifest']}, the manifest now says "
+                f"{self.job.data.hash}: the shards have changed; use a new storage"
+            )
+        self.student.model.load_state_dict(state["student"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["rng"].cpu())
+        if not self.flags.drop_heads_on_resume:
+            self.heads.load_state_dict(state["heads"])
+        return int(state["step"])
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    """Returns the module under DDP."""
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+class Meter:
+    """Tells how fast the steps go and how long they wait for data."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._waited_s = 0.0
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Passes batches on and notes the time that each one took to come."""
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self._waited_s += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
+
+    def read(self, global_batch_size: int) -> dict[str, float]:
+        """Returns samples/s and data_wait of the step that just ended."""
+        elapsed = time.perf_counter() - self._started
+        speed = {
+            "samples_per_s": global_batch_size / elapsed,
+            "data_wait": min(1.0, self._waited_s / elapsed),
+        }
+        self.restart()
+        return speed
+
+    def restart(self) -> None:
+        """Leaves what happened since the last step out of account."""
+        self._started, self._waited_s = time.perf_counter(), 0.0
+
+
+class Run:
+    """One attempt at the stage on one worker: resume, step, log, evaluate, checkpoint.
+
+    Args:
+        job: What to do.
+        world: This worker.
+        report: Called on every worker at every checkpoint with its metrics.
+    """
+
+    def __init__(
+        self, job: DistillJob, world: World, report: Callable[[dict[str, float]], None]
+    ) -> None:
+        assert job.recipe.run is not None
+        self.job, self.world, self.report = job, world, report
+        self.task = DistillTask(job, world)
+        self.execution = job.recipe.run
+        self.checkpoints = Checkpoints(job.stage, self.execution.keep_checkpoints)
+        self.journal = JournalWriter(job.stage, self.execution.log_every)
+        self.evaluator = None
+        if job.zero_shot_data is not None:
+            spec: Any = job.recipe.zero_shot
+            self.evaluator = Evaluator(
+                spec, job.zero_shot_data, world, job.recipe.precision or "fp32"
+            )
+        self.scores: Scores | None = None
+
+    def train(self, batches: Callable[[int], Iterator[Batch]]) -> None:
+        """Trains from the latest checkpoint to the end and writes the stage's output.
+
+        Args:
+            batches: Maps the first step to this worker's share of the batches from there on.
+
+        Raises:
+            TrainingDiverged: If the loss stops being finite.
+        """
+        start = self.checkpoints.latest_step()
+        if start:
+            self.task.load_state(self.checkpoints.load(start))
+        meter = Meter()
+        remaining = batches(start) if start < self.job.total_steps else iter(())
+        for batch in meter.timed(remaining):
+            line = self._step(batch) | meter.read(self.job.recipe.global_batch_size)
+            step = line["step"]
+            if step % self.execution.checkpoint_every == 0 or step == self.job.total_steps:
+                self._checkpoint(line)
+                meter.restart()
+            elif self.world.is_first:
+                self.journal.append(line)
+        self.checkpoints.wait()
+        self._finish()
+
+    def _step(self, batch: Batch) -> dict[str, Any]:
+        """Does one optimizer step and returns its line of the journal."""
+        terms = self.task.step(batch)
+        line: dict[str, Any] = {
+            "step": batch.step + 1,
+            "epoch": batch.epoch,
+            "ids": batch_digest(batch.rows.tolist(), batch.keys, self.world),
+        }
+        line |= {name: float(value) for name, value in terms.items()}
+        if not math.isfinite(line["total"]):
+            raise TrainingDiverged(
+                f"the loss is {line['total']} at step {line['step']}; lower lr or a loss weight"
+            )
+        return line
+
+    def _checkpoint(self, line: dict[str, Any]) -> None:
+        """Evaluates, writes the journal and then the checkpoint, in this order."""
+        if self.evaluator is not None:
+            self.scores = self.evaluator.run(self.task.student, self.task.teacher)
+            line |= self.scores.metrics
+        if self.world.is_first:
+            self.journal.append(line)
+            self.journal.flush()
+            self.checkpoints.save(line["step"], self.task.state(line["step"]))
+        self.report({"step": line["step"], "loss": line["total"]})
+
+    def _finish(self) -> None:
+        """Writes the student in hub layout, and its predictions."""
+        if self.evaluator is not None and self.scores is None:
+            self.scores = self.evaluator.run(self.task.student, self.task.teacher)
+        if not self.world.is_first:
+            return
+        storage, parts = self.job.stage.storage, (*self.job.stage.parts, "output")
+        with tempfile.TemporaryDirectory() as directory:
+            save_clip(self.task.student.model, self.task.student.spec, directory)
+            storage.put_directory(directory, *parts, "model")
+        if self.scores is not None:
+            table = pa.table(
+                {
+                    "key": self.scores.keys,
+                    "label": self.scores.labels,
+                    "prediction": self.scores.predictions,
+                }
+            )
+            buffer = io.BytesIO()
+            pq.write_table(table, buffer)
+            storage.write(buffer.getvalue(), *parts, "zero_shot.parquet")
+            storage.write_json(self.scores.metrics, *parts, "metrics.json")

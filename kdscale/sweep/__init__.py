@@ -1,0 +1,1 @@
+"""Sweeps: which trials, which stages, what they cost, how they run, what came out."""

@@ -1,0 +1,140 @@
+"""A sweep: recipes, the choices between them, and their expansion to trials."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kdscale.core.config import Choice, Distill
+from kdscale.core.scale import Scale
+from kdscale.core.types import ConfigError
+
+
+def choose(*options: Any) -> Any:
+    """Returns a choice for a recipe field; the sweep makes trials of every option.
+
+    The same object in two fields moves together; different objects combine freely.
+    """
+    return Choice(options)
+
+
+def product(*columns: Sequence[Any]) -> tuple[Any, ...]:
+    """Returns one choice a column, combined freely: `teacher, loss = product(T, L)`."""
+    return tuple(Choice(tuple(column)) for column in columns)
+
+
+def zipped(*columns: Sequence[Any]) -> tuple[Any, ...]:
+    """Returns one choice a column, moving together: the i-th options make one trial.
+
+    Raises:
+        ConfigError: If the columns differ in length.
+    """
+    lengths = {len(column) for column in columns}
+    if len(lengths) > 1:
+        raise ConfigError(f"zipped columns must be equally long, got {sorted(lengths)}")
+    link = object()
+    return tuple(Choice(tuple(column), link) for column in columns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pivot:
+    """How a report arranges trials: recipe fields for rows and columns, a metric for cells."""
+
+    rows: str
+    columns: str
+    value: str = "zero_shot_top1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One combination of choices.
+
+    Attributes:
+        name: For people: what was chosen.
+        recipe: A recipe without open choices; roles are still names.
+        chosen: {field: option}, also of fields that every trial of the sweep sets.
+    """
+
+    name: str
+    recipe: Distill
+    chosen: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """A question, as recipes with choices between them.
+
+    Attributes:
+        name: Names the MLflow experiment and the report.
+        stages: Recipes; each expands to trials of its own.
+        seeds: Every trial is made once a seed.
+        table: How the report arranges the trials.
+        baseline: Field values of the trials that the others are compared with.
+        scale: Scale used where the command line names none.
+    """
+
+    name: str
+    stages: list[Distill]
+    seeds: tuple[int, ...] = (0,)
+    table: Pivot = field(default_factory=lambda: Pivot(rows="teacher", columns="loss"))
+    baseline: dict[str, Any] | None = None
+    scale: str | Scale = "paper"
+
+    def trials(self) -> list[Trial]:
+        """Returns every trial, seed by seed, in the order of the recipes and options."""
+        recipes = [
+            recipe.replace(seed=seed)
+            for seed in self.seeds
+            for template in self.stages
+            for recipe in expand(template)
+        ]
+        varied = {
+            name
+            for name in Distill.model_fields
+            if len({_label(getattr(recipe, name)) for recipe in recipes}) > 1
+        } | {"student", "teacher", "loss"}
+        return [_trial(recipe, varied) for recipe in recipes]
+
+    def main(self) -> None:
+        """Runs the sweep as a program: `python FILE [options]` is `kdscale run FILE [options]`."""
+        from kdscale.cli import app
+
+        app(["run", *sys.argv])
+
+
+def expand(template: Distill) -> Iterator[Distill]:
+    """Yields the recipes that a recipe with choices stands for."""
+    choices = template.choices()
+    links: dict[int, int] = {}
+    for choice in choices.values():
+        known = links.setdefault(id(choice.link), len(choice.options))
+        if known != len(choice.options):
+            raise ConfigError(f"{choice!r} is linked to a choice of {known} options")
+    for picks in itertools.product(*(range(count) for count in links.values())):
+        index = dict(zip(links, picks, strict=True))
+        yield template.replace(
+            **{name: choice.options[index[id(choice.link)]] for name, choice in choices.items()}
+        )
+
+
+def _trial(recipe: Distill, varied: set[str]) -> Trial:
+    """Names a trial by what distinguishes it."""
+    chosen = {
+        name: _label(getattr(recipe, name)) for name in Distill.model_fields if name in varied
+    }
+    teacher = chosen["teacher"]
+    parts = [chosen["student"], "alone" if teacher is None else f"from {teacher}", chosen["loss"]]
+    extra = [f"{k}={v}" for k, v in chosen.items() if k not in ("student", "teacher", "loss")]
+    return Trial(name=" ".join([*map(str, parts), *extra]), recipe=recipe, chosen=chosen)
+
+
+def _label(value: Any) -> Any:
+    """Returns a short, hashable name of a field's value."""
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    if isinstance(value, dict):
+        return "+".join(f"{weight:g} {term}" for term, weight in value.items())
+    return getattr(value, "name", None) or getattr(value, "__qualname__", None) or repr(value)

@@ -1,0 +1,168 @@
+"""Tables of a report as words, the same for the terminal and for the page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kdscale.analysis.stats import Interval
+from kdscale.sweep.outcomes import DONE, Row, TeacherRow, TrialRow
+from kdscale.sweep.report import Cell, Table
+
+NONE = "–"
+
+
+@dataclass(frozen=True)
+class Words:
+    """A cell's text and its tone: `better`, `worse`, `muted`, or none."""
+
+    text: str
+    tone: str = ""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table, the same for the terminal and for the page.
+
+    Attributes:
+        notes: Remarks on rows, below the table.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[list[Words]]
+    notes: list[str]
+
+
+def trial_grid(rows: Sequence[TrialRow]) -> Grid:
+    """Returns the table of a sweep's trials."""
+    columns = ("trial", "top-1 %", "n", "chance %", "minus control", "CKA debiased")
+    return Grid(
+        title="Trials",
+        columns=(*columns, "CKA biased", "steps", "time"),
+        rows=[
+            [
+                Words(row.name),
+                *_score(row),
+                _difference(row),
+                _cka(row, row.cka_debiased),
+                _cka(row, row.cka_biased),
+                *_effort(row),
+            ]
+            for row in rows
+        ],
+        notes=_notes(rows),
+    )
+
+
+def teacher_grid(rows: Sequence[TeacherRow]) -> Grid:
+    """Returns the table of teachers and their towers."""
+    tower = ("width", "patch", "pixels", "tokenizer", "loss")
+    return Grid(
+        title="Teachers",
+        columns=("teacher", "top-1 %", "n", "chance %", *tower, "steps", "time"),
+        rows=[
+            [
+                Words(f"{', '.join(row.roles)} ({row.name})"),
+                *_score(row),
+                Words(str(row.width)),
+                Words(NONE if row.patch_px is None else str(row.patch_px)),
+                Words(str(row.image_px)),
+                Words(row.tokenizer),
+                Words(row.loss or NONE),
+                *_effort(row),
+            ]
+            for row in rows
+        ],
+        notes=_notes(rows),
+    )
+
+
+def pivot_grid(table: Table) -> Grid:
+    """Returns a sweep's own table."""
+    return Grid(
+        title=f"{table.value} by {table.rows} and {table.columns}",
+        columns=(table.rows, *table.column_names),
+        rows=[
+            [Words(row), *(_cell(table.cells.get((row, column))) for column in table.column_names)]
+            for row in table.row_names
+        ],
+        notes=[],
+    )
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    """Collects remarks."""
+    return [f"{row.name}: {row.note}" for row in rows if row.note]
+
+
+def _score(row: Row) -> list[Words]:
+    """Returns the cells for accuracy, n and chance."""
+    score = row.score
+    if score is not None:
+        value = Words(f"{score.top1:.1f} {_interval(score.interval)}")
+        return [value, Words(f"{score.n:,}"), Words(f"{score.chance:.1f}")]
+    words = "no score" if row.state == DONE else row.state
+    if isinstance(row, TeacherRow) and row.published_top1 is not None:
+        words = f"{row.published_top1:.1f} published"
+    return [Words(words, "muted"), Words(NONE, "muted"), Words(NONE, "muted")]
+
+
+def _interval(interval: Interval | None) -> str:
+    """Writes an interval."""
+    if interval is None or not math.isfinite(interval.low + interval.high):
+        return "[no interval]"
+    return f"[{interval.low:.1f}, {interval.high:.1f}]"
+
+
+def _difference(row: TrialRow) -> Words:
+    """Returns the cell for the difference to the control."""
+    found = row.difference
+    if found is None:
+        return Words("control" if row.is_baseline else NONE, "muted")
+    interval = found.interval
+    if not math.isfinite(interval.low + interval.high):
+        return Words(f"{found.points:+.1f} [no interval]")
+    words = f"{found.points:+.1f} [{interval.low:+.1f}, {interval.high:+.1f}]"
+    return Words(words, "" if found.verdict == "undecided" else found.verdict)
+
+
+def _cka(row: Row, value: float | None) -> Words:
+    """Returns the cell for a CKA."""
+    if value is None:
+        return Words(NONE if row.state == DONE else row.state, "muted")
+    return Words(f"{value:.3f}") if math.isfinite(value) else Words("undefined", "muted")
+
+
+def _effort(row: Row) -> list[Words]:
+    """Returns the cells for steps and time."""
+    total = NONE if row.total_steps is None else f"{row.total_steps:,}"
+    steps = total if row.state == DONE or row.key is None else f"{row.step or 0:,} of {total}"
+    return [Words(steps), Words(_duration(row.seconds))]
+
+
+def _duration(seconds: float | None) -> str:
+    """Writes a duration in the unit that suits it."""
+    if seconds is None:
+        return NONE
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _cell(cell: Cell | None) -> Words:
+    """Returns a cell of a sweep's own table."""
+    if cell is None:
+        return Words("")
+    if cell.value is None:
+        return Words("not finished", "muted")
+    words = f"{cell.value:.1f}" if cell.interval else f"{cell.value:.3g}"
+    if cell.interval:
+        words += f" {_interval(cell.interval)}"
+    if cell.num_trials > 1:
+        words += f", mean of {cell.num_done}"
+    if cell.num_done < cell.num_trials:
+        words += f" of {cell.num_trials}"
+    return Words(words)

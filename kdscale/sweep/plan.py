@@ -1,0 +1,294 @@
+"""The stage graph of sweeps: distinct stages, what is finished, what it will cost.
+
+A plan needs neither torch nor Ray; it reads manifests and the stage store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kdscale.core.config import DataSpec, Distill, TowerSpec
+from kdscale.core.keys import content_key
+from kdscale.core.scale import Scale, Sizes, resolve, teacher_of
+from kdscale.core.storage import StageStore, Storage
+from kdscale.core.types import ConfigError, DataError, NoShards, unknown_name
+from kdscale.losses.recipes import LossFlags, active_terms, needs_teacher, weights_for
+from kdscale.stages.inputs import Source, find_source
+from kdscale.sweep.grid import Sweep, Trial
+
+EFFECTIVE_TFLOPS = 400.0
+STAGE_WEIGHTS = "stage:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One distinct stage.
+
+    Attributes:
+        name: For people.
+        inputs: Keys of the stages it needs.
+        total_steps: Optimizer steps, None where the data are not at hand.
+        flops: Work, None where a tower's is not known.
+        bytes_out: Size of the output, estimated.
+    """
+
+    kind: str
+    key: str
+    name: str
+    recipe: Distill
+    inputs: tuple[str, ...]
+    total_steps: int | None
+    flops: float | None
+    bytes_out: float | None
+    reused: bool
+
+    @property
+    def gpu_hours(self) -> float | None:
+        """Hours on an accelerator that sustains `EFFECTIVE_TFLOPS`."""
+        return None if self.flops is None else self.flops / (EFFECTIVE_TFLOPS * 1e12) / 3600
+
+    def store(self, storage: Storage) -> StageStore:
+        """The stage's directory."""
+        return StageStore(storage, self.kind, self.key)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedTrial:
+    """A trial as a path through stages, inputs first."""
+
+    sweep: str
+    trial: Trial
+    path: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """Key of the stage whose outcome is the trial's."""
+        return self.path[-1]
+
+
+@dataclass
+class Plan:
+    """Trials and distinct stages of one or several sweeps.
+
+    Attributes:
+        stages: {key: stage}, inputs before the stages that need them.
+        missing: Inputs that are not at hand, in words.
+    """
+
+    scale: Scale
+    storage: Storage
+    trials: list[PlannedTrial] = field(default_factory=list)
+    stages: dict[str, Stage] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+
+    def shared_by(self, key: str) -> int:
+        """Returns how many trials go through a stage."""
+        return sum(key in trial.path for trial in self.trials)
+
+    def remaining(self) -> list[Stage]:
+        """Returns the stages that have to be run."""
+        return [stage for stage in self.stages.values() if not stage.reused]
+
+    def document(self) -> dict[str, Any]:
+        """Returns the plan as JSON: trials, stages, cost."""
+        rest = self.remaining()
+        return {
+            "trials": [
+                {
+                    "sweep": planned.sweep,
+                    "name": planned.trial.name,
+                    "chosen": planned.trial.chosen,
+                    "stages": list(planned.path),
+                }
+                for planned in self.trials
+            ],
+            "stages": [
+                {
+                    "kind": stage.kind,
+                    "key": stage.key,
+                    "name": stage.name,
+                    "inputs": list(stage.inputs),
+                    "reused": stage.reused,
+                    "shared_by": self.shared_by(stage.key),
+                    "flops": stage.flops,
+                    "bytes_out": stage.bytes_out,
+                    "gpu_hours": stage.gpu_hours,
+                }
+                for stage in self.stages.values()
+            ],
+            "cost": {
+                "scale": self.scale.name,
+                "stages_total": len(self.stages),
+                "stages_to_run": len(rest),
+                "flops": _sum(stage.flops for stage in rest),
+                "gpu_hours": _sum(stage.gpu_hours for stage in rest),
+                "bytes_out": _sum(stage.bytes_out for stage in rest),
+                "effective_tflops": EFFECTIVE_TFLOPS,
+                "missing": self.missing,
+            },
+        }
+
+
+class Planner:
+    """Turns sweeps into a plan.
+
+    Args:
+        storage: Where finished stages, drawn data and manifests are looked for.
+        scale: What roles mean.
+        overrides: Recipe fields set last (`--set`, `--max-steps`).
+    """
+
+    def __init__(self, storage: Storage, scale: Scale, overrides: Mapping[str, Any]) -> None:
+        self.plan = Plan(scale=scale, storage=storage)
+        self._overrides = dict(overrides)
+        self._sources: dict[tuple[str, bool], Source | None] = {}
+        self._names: set[str] = set()
+
+    def add(self, sweep: Sweep) -> None:
+        """Adds a sweep's trials and the stages that are not in the plan yet."""
+        for trial in sweep.trials():
+            path: list[str] = []
+            recipe = resolve(trial.recipe, self.plan.scale, self._overrides)
+            recipe = recipe.replace(teacher=self._teacher(trial.recipe, path))
+            self._add_stage("distill", trial.name, recipe, path)
+            self.plan.trials.append(PlannedTrial(sweep=sweep.name, trial=trial, path=tuple(path)))
+
+    def check_paths(self) -> None:
+        """Raises UnknownName if a path was given for a data set that no stage reads."""
+        for name in self.plan.scale.data_paths:
+            if name and name not in self._names:
+                raise unknown_name("data set", name, self._names)
+
+    def _teacher(self, recipe: Distill, path: list[str]) -> TowerSpec | None:
+        """Returns the teacher's tower; adds the stage that trains it where there is one."""
+        found = teacher_of(recipe, self.plan.scale)
+        if not isinstance(found, Distill):
+            return found
+        tower = found.student
+        assert isinstance(tower, TowerSpec)
+        limits = {k: v for k, v in self._overrides.items() if k in ("max_steps", "run")}
+        own_sizes = self.plan.scale.replace(sizes=Sizes())
+        pretrain = resolve(found, own_sizes, limits)
+        key = self._add_stage("teacher", tower.name, pretrain, path)
+        return tower.replace(weights=f"{STAGE_WEIGHTS}teacher/{key}")
+
+    def _add_stage(self, kind: str, name: str, recipe: Distill, path: list[str]) -> str:
+        """Adds a stage unless the plan has it, and appends its key to the path."""
+        check_loss(recipe)
+        data = self._source(recipe.data)
+        sources = [data]
+        if recipe.zero_shot is not None:
+            sources.append(self._source(recipe.zero_shot.data, labelled=True))  # pyright: ignore
+        manifests = {s.spec.urls: s.hash for s in sources if s is not None and s.spec.urls}
+        key = content_key(kind, recipe.version, recipe, manifests)
+        if key not in self.plan.stages:
+            steps = None if data is None else total_steps(recipe, data.num_samples)
+            self.plan.stages[key] = Stage(
+                kind=kind,
+                key=key,
+                name=name,
+                recipe=recipe,
+                inputs=tuple(path),
+                total_steps=steps,
+                flops=flops(recipe, steps),
+                bytes_out=_bytes_out(recipe),
+                reused=StageStore(self.plan.storage, kind, key).is_done(),
+            )
+        path.append(key)
+        return key
+
+    def _source(self, spec: Any, *, labelled: bool = False) -> Source | None:
+        """Finds a data set once; absent data are noted, not fatal: a plan may come first."""
+        assert isinstance(spec, DataSpec)
+        self._names.add(spec.name)
+        name = (spec.model_dump_json(), labelled)
+        if name not in self._sources:
+            try:
+                self._sources[name] = find_source(spec, self.plan.storage, labelled=labelled)
+            except NoShards as error:
+                self._sources[name] = None
+                self.plan.missing.append(str(error))
+        return self._sources[name]
+
+
+def total_steps(recipe: Distill, num_samples: int) -> int:
+    """Returns the optimizer steps of a recipe on so many samples.
+
+    Raises:
+        DataError: If the data do not fill one global batch.
+    """
+    per_epoch = num_samples // recipe.global_batch_size
+    if per_epoch == 0:
+        raise DataError(
+            f"{num_samples} samples do not fill one global batch of {recipe.global_batch_size}; "
+            "lower global_batch_size or bring more data"
+        )
+    steps = per_epoch * recipe.epochs
+    return steps if recipe.max_steps is None else min(steps, recipe.max_steps)
+
+
+def check_loss(recipe: Distill) -> None:
+    """Validates a recipe's loss against its mode and teacher.
+
+    Raises:
+        ConfigError: If the loss is unknown or needs a teacher that is not there.
+    """
+    flags = LossFlags.for_mode(recipe.mode, **recipe.flags)
+    if callable(recipe.loss):
+        return
+    weights = weights_for(recipe.loss, flags)
+    if recipe.teacher is None and needs_teacher(active_terms(weights)):
+        raise ConfigError(f"the loss {recipe.loss} compares with a teacher and none is given")
+
+
+def flops(recipe: Distill, steps: int | None) -> float | None:
+    """Returns a stage's floating-point operations: student three times forward, teacher once."""
+    student, teacher = recipe.student, recipe.teacher
+    assert isinstance(student, TowerSpec)
+    own = _forward_gflop(student)
+    frozen = _forward_gflop(teacher) if isinstance(teacher, TowerSpec) else 0.0
+    if own is None or frozen is None or steps is None:
+        return None
+    return (3 * own + frozen) * 1e9 * steps * recipe.global_batch_size
+
+
+def _forward_gflop(tower: TowerSpec) -> float | None:
+    """Returns a pair's forward work per sample."""
+    facts = tower.facts
+    if facts.image_gflop is None or facts.text_gflop is None:
+        return None
+    return facts.image_gflop + facts.text_gflop
+
+
+def _bytes_out(recipe: Distill) -> float | None:
+    """Returns the size of the saved student in float32."""
+    assert isinstance(recipe.student, TowerSpec)
+    facts = recipe.student.facts
+    if facts.image_mparams is None or facts.text_mparams is None:
+        return None
+    return 4e6 * (facts.image_mparams + facts.text_mparams)
+
+
+def _sum(values: Any) -> float:
+    """Adds what is known."""
+    return float(sum(value for value in values if value is not None))
+
+
+def make_plan(
+    sweeps: Sequence[Sweep], storage: Storage, scale: Scale, overrides: Mapping[str, Any]
+) -> Plan:
+    """Plans several sweeps as one union of stages.
+
+    Args:
+        sweeps: The sweeps, in order.
+        storage: The stage store.
+        scale: What roles mean.
+        overrides: Recipe fields set last.
+    """
+    planner = Planner(storage, scale, overrides)
+    for sweep in sweeps:
+        planner.add(sweep)
+    planner.check_paths()
+    return planner.plan

@@ -1,0 +1,120 @@
+"""What a person sees before a sweep runs, while it runs, and of one that runs elsewhere."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.table import Table
+from rich.tree import Tree
+
+from kdscale.core.config import TowerSpec
+from kdscale.core.journal import Line, read_steps
+from kdscale.core.storage import Storage
+from kdscale.sweep.plan import Plan, Stage
+
+PRINT_EVERY_S = 5.0
+
+
+class Progress:
+    """Prints stages' progress as lines, so that it reads well in a log, too.
+
+    Args:
+        console: Where to print.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._last: dict[str, float] = {}
+        self._started = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """Prints a line with the time since the start."""
+        elapsed = int(time.monotonic() - self._started)
+        self._console.print(f"[dim]{elapsed // 60:2d}:{elapsed % 60:02d}[/] {text}")
+
+    def line(self, stage: Stage, line: Line) -> None:
+        """Shows a journal line: evaluations always, steps every few seconds."""
+        now = time.monotonic()
+        is_evaluation = "zero_shot_top1" in line
+        is_last = line["step"] == stage.total_steps
+        if not (is_evaluation or is_last) and now - self._last.get(stage.key, 0) < PRINT_EVERY_S:
+            return
+        self._last[stage.key] = now
+        self.say(f"[cyan]{stage.kind}[/] {stage.name}: {describe_line(line, stage.total_steps)}")
+
+
+def describe_line(line: Line, total_steps: int | None) -> str:
+    """Puts a journal line in words."""
+    parts = [f"step {line['step']}/{total_steps or '?'}", f"loss {line['total']:.3f}"]
+    if "zero_shot_top1" in line:
+        parts.append(f"top-1 {line['zero_shot_top1']:.1f} %")
+    if "cka_debiased" in line:
+        parts.append(f"CKA {line['cka_debiased']:.3f}")
+    parts.append(f"{line['samples_per_s']:,.0f} samples/s")
+    parts.append(f"data wait {100 * line['data_wait']:.0f} %")
+    return "  ".join(parts)
+
+
+def stage_state(stage: Stage, storage: Storage) -> tuple[str, str]:
+    """Returns a stage's state (done, running, interrupted, waiting) and how far it is."""
+    store = stage.store(storage)
+    if store.is_done():
+        return "done", ""
+    lines = read_steps(store)
+    detail = describe_line(lines[-1], stage.total_steps) if lines else ""
+    if storage.exists(*store.parts, "LEASE"):
+        return "running", detail
+    return ("interrupted", detail) if lines else ("waiting", "")
+
+
+def print_status(plan: Plan, console: Console) -> None:
+    """Prints every stage of a plan with its state."""
+    table = Table("stage", "name", "key", "state", "progress", title="Stages")
+    for stage in plan.stages.values():
+        state, detail = stage_state(stage, plan.storage)
+        table.add_row(stage.kind, stage.name, stage.key, state, detail)
+    console.print(table)
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Prints a plan: teachers, the tree of stages, and the cost of what is left to run."""
+    if any(stage.kind == "teacher" for stage in plan.stages.values()):
+        console.print(teacher_table(plan))
+    tree = Tree(f"[bold]{len(plan.trials)} trials, {len(plan.stages)} distinct stages[/]")
+    branches = {"": tree}
+    for stage in plan.stages.values():
+        parent = branches[stage.inputs[-1] if stage.inputs else ""]
+        branches[stage.key] = parent.add(_stage_label(plan, stage))
+    console.print(tree)
+    cost = plan.document()["cost"]
+    console.print(
+        f"to run: {cost['stages_to_run']} of {cost['stages_total']} stages, "
+        f"{cost['flops'] / 1e15:,.3g} PFLOP, {cost['gpu_hours']:,.3g} GPU-hours at "
+        f"{cost['effective_tflops']:g} TFLOP/s, {cost['bytes_out'] / 1e6:,.0f} MB of models"
+    )
+    for text in sorted(set(plan.missing)):
+        console.print(f"[yellow]missing:[/] {text}")
+
+
+def teacher_table(plan: Plan) -> Table:
+    """Returns what distinguishes the teachers that this plan trains itself."""
+    table = Table("teacher", "width", "patch", "pixels", "tokenizer", "loss", "data noise")
+    for stage in plan.stages.values():
+        tower = stage.recipe.student
+        if stage.kind != "teacher" or not isinstance(tower, TowerSpec):
+            continue
+        loss = stage.recipe.loss
+        mini = getattr(stage.recipe.data, "mini", None)
+        cells = [tower.name, tower.width, tower.patch_px, tower.image_px, tower.tokenizer]
+        cells += ["+".join(loss) if isinstance(loss, dict) else loss]
+        table.add_row(*map(str, cells), "" if mini is None else f"{mini.caption_noise:.0%}")
+    return table
+
+
+def _stage_label(plan: Plan, stage: Stage) -> str:
+    """Describes a stage in one line."""
+    state = "[green]finished[/]" if stage.reused else f"{stage.total_steps or '?'} steps"
+    shared = plan.shared_by(stage.key)
+    note = f", shared by {shared} trials" if shared > 1 else ""
+    return f"[cyan]{stage.kind}[/] {stage.name}  [dim]{stage.key}[/]  {state}{note}"

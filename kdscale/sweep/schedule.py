@@ -1,0 +1,235 @@
+"""Ray Tune runs the trials; a stage is run by the first trial that needs it.
+
+Finished means `DONE` in storage, not anything that Tune remembers: a sweep that is run again
+skips what is finished and resumes what is not.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import ray
+import ray.train
+import ray.tune
+
+import kdscale
+from kdscale.core.config import Execution, TowerSpec
+from kdscale.core.keys import describe
+from kdscale.core.storage import Lease, Storage
+from kdscale.core.types import ImpossibleResources, StageFailed
+from kdscale.stages.inputs import find_source
+from kdscale.sweep.plan import Plan, PlannedTrial, Stage, total_steps
+
+DATA_TASKS = 2
+WAIT_FOR_WRITER_S = 1.0
+QUIET = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+
+@dataclass(frozen=True)
+class TrialFailure:
+    """A trial that ended with an error, and the error's last line."""
+
+    trial: PlannedTrial
+    message: str
+
+
+def start_ray() -> None:
+    """Connects to the cluster at RAY_ADDRESS, or starts Ray on this machine."""
+    if ray.is_initialized():
+        return
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    address = os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+    if address is None:
+        options |= {"address": "local", "include_dashboard": False}
+    ray.init(runtime_env={"env_vars": QUIET}, **options)
+
+
+def demand(run: Execution) -> dict[str, float]:
+    """Returns what one running stage needs at once: its workers and the tasks that feed them."""
+    need = {"CPU": run.num_workers * run.cpus_per_worker + DATA_TASKS * run.cpus_per_data_task}
+    if run.gpus_per_worker:
+        need["GPU"] = run.num_workers * run.gpus_per_worker
+    return need
+
+
+def concurrent_trials(stages: Sequence[Stage], available: dict[str, float]) -> int:
+    """Returns how many stages fit on the cluster at once.
+
+    Raises:
+        ImpossibleResources: If one stage alone does not fit, naming the resource that lacks.
+    """
+    fits: list[int] = []
+    for stage in stages:
+        assert stage.recipe.run is not None
+        for resource, amount in demand(stage.recipe.run).items():
+            have = available.get(resource, 0.0)
+            if amount > have:
+                raise ImpossibleResources(
+                    f"{stage.kind} {stage.name!r} needs {amount:g} {resource}, the cluster has "
+                    f"{have:g}; lower run.num_workers or run.{resource.lower()}s_per_worker "
+                    "(--set run.num_workers=1), or bring nodes"
+                )
+            fits.append(int(have // amount))
+    return max(1, min(fits, default=1))
+
+
+def run_plan(plan: Plan) -> list[TrialFailure]:
+    """Runs every unfinished stage of a plan under Ray Tune.
+
+    Returns:
+        Trials that failed; the others are finished.
+
+    Raises:
+        ImpossibleResources: Before anything starts.
+    """
+    waiting = [trial for trial in plan.trials if not plan.stages[trial.key].reused]
+    if not waiting:
+        return []
+    start_ray()
+    concurrency = concurrent_trials(plan.remaining(), ray.cluster_resources())
+    trainable = ray.tune.with_resources(ray.tune.with_parameters(_run_trial, plan=plan), {"CPU": 0})
+    with tempfile.TemporaryDirectory() as scratch:
+        tuner = ray.tune.Tuner(
+            trainable,
+            param_space={"trial": ray.tune.grid_search(list(range(len(waiting))))},
+            tune_config=ray.tune.TuneConfig(
+                max_concurrent_trials=concurrency,
+                reuse_actors=True,
+                trial_name_creator=lambda trial: waiting[trial.config["trial"]].key,
+                trial_dirname_creator=lambda trial: waiting[trial.config["trial"]].key,
+            ),
+            run_config=ray.tune.RunConfig(name="trials", storage_path=scratch, verbose=0),
+        )
+        results = tuner.fit()
+    return _failures(waiting, results)
+
+
+def _failures(trials: Sequence[PlannedTrial], results: Any) -> list[TrialFailure]:
+    """Collects the errors of trials."""
+    return [
+        TrialFailure(trials[result.config["trial"]], _last_line(result.error))
+        for result in results
+        if result.error is not None
+    ]
+
+
+def _last_line(error: BaseException) -> str:
+    """Returns the last line of an error's text, where Ray puts the cause."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _run_trial(config: dict[str, Any], plan: Plan) -> dict[str, Any]:
+    """Walks a trial's path; runs on a Tune actor that takes no resources itself."""
+    waiting = [trial for trial in plan.trials if not plan.stages[trial.key].reused]
+    trial = waiting[config["trial"]]
+    for key in trial.path:
+        run_stage(plan.stages[key], plan.storage)
+    return {"key": trial.key}
+
+
+def run_stage(stage: Stage, storage: Storage) -> None:
+    """Runs a stage unless it is finished; waits while another writer runs it.
+
+    Raises:
+        StageFailed: If its workers failed.
+    """
+    store = stage.store(storage)
+    while not store.is_done():
+        lease = Lease.acquire(store)
+        if lease is None:
+            time.sleep(WAIT_FOR_WRITER_S)
+            continue
+        with lease:
+            if not store.is_done():
+                record = _execute(stage, storage)
+                lease.check()
+                store.finish(record)
+
+
+def _execute(stage: Stage, storage: Storage) -> dict[str, Any]:
+    """Runs the workers and returns what `stage.json` says."""
+    from kdscale.stages.distill import DistillJob
+    from kdscale.stages.worker import fit, stream_config
+
+    recipe, started = stage.recipe, time.time()
+    data = find_source(recipe.data, storage).manifest()  # pyright: ignore[reportArgumentType]
+    zero_shot: Any = recipe.zero_shot
+    job = DistillJob(
+        kind=stage.kind,
+        key=stage.key,
+        storage_root=storage.root,
+        recipe=recipe,
+        total_steps=total_steps(recipe, data.num_samples),
+        data=data,
+        zero_shot_data=None
+        if zero_shot is None
+        else find_source(zero_shot.data, storage, labelled=True).manifest(),
+    )
+    fit(job, stream_config(job))
+    return {
+        "kind": stage.kind,
+        "key": stage.key,
+        "name": stage.name,
+        "inputs": list(stage.inputs),
+        "recipe": describe(recipe, {}),
+        "teacher": recipe.teacher.name if isinstance(recipe.teacher, TowerSpec) else None,
+        "total_steps": job.total_steps,
+        "manifest": data.hash,
+        "quarantined": data.causes(),
+        "versions": {name: version(name) for name in ("torch", "ray", "open_clip_torch", "timm")}
+        | {"kdscale": kdscale.__version__},
+        "git": git_revision(),
+        "seconds": round(time.time() - started, 1),
+    }
+
+
+def git_revision() -> str | None:
+    """Returns the checked-out revision of the source tree, None outside one."""
+    root = os.path.dirname(os.path.dirname(kdscale.__file__))
+    found = subprocess.run(
+        ["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or None
+
+
+def prepare(plan: Plan, progress: Any) -> None:
+    """Draws and verifies all data that the remaining stages read, before any trial starts.
+
+    Raises:
+        NoShards: If data are not at hand.
+        StageFailed: Never; kept apart from trials so that data errors name the data.
+    """
+    for stage in plan.remaining():
+        find_source(stage.recipe.data, plan.storage, progress=progress).manifest(progress)  # pyright: ignore
+        zero_shot: Any = stage.recipe.zero_shot
+        if zero_shot is not None:
+            source = find_source(zero_shot.data, plan.storage, labelled=True, progress=progress)
+            source.manifest(progress)
+
+
+def raise_failures(failures: Sequence[TrialFailure]) -> None:
+    """Raises one error for all failed trials.
+
+    Raises:
+        StageFailed: Naming each trial and why.
+    """
+    if failures:
+        lines = [f"  {f.trial.trial.name}: {f.message}" for f in failures]
+        raise StageFailed(f"{len(failures)} trial(s) failed:\n" + "\n".join(lines))

@@ -1,0 +1,286 @@
+"""MLflow: one experiment a sweep, one run a stage, every step once.
+
+The journal in the stage's directory is the truth; MLflow is a view of it. A run is looked up by
+its key before it is created, and a step is sent only if the run does not have it, so killed and
+restarted sweeps leave neither duplicates nor gaps. While the server is away nothing is lost:
+the next synchronisation sends what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from kdscale.core.journal import JournalReader, Line
+from kdscale.core.storage import Storage
+from kdscale.sweep.plan import Plan, Stage
+
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+logger = logging.getLogger(__name__)
+KEY_TAG = "kdscale.key"
+SWEEP_TAG = "kdscale.sweep"
+NOT_METRICS = {"step", "epoch", "ids", "attempt"}
+SMALL_MODEL_BYTES = 64 * 2**20
+MAX_METRICS_PER_CALL = 900
+
+
+def default_tracking_uri(storage: Storage) -> str:
+    """Returns a SQLite file in a local storage root, or in the working directory."""
+    root = storage.root if storage.is_local else os.getcwd()
+    os.makedirs(root, exist_ok=True)
+    return f"sqlite:///{root}/mlflow.db"
+
+
+class Tracker:
+    """Writes one sweep's runs.
+
+    Args:
+        uri: MLflow tracking URI.
+        sweep: The sweep's name, also the experiment's.
+        plan: What is run; only stages of this sweep's trials are tracked.
+    """
+
+    def __init__(self, uri: str, sweep: str, plan: Plan) -> None:
+        from mlflow import MlflowClient
+
+        self._client = MlflowClient(tracking_uri=uri)
+        self.sweep, self._plan = sweep, plan
+        self._experiment = self._find_experiment(uri)
+        self._parent = self._find_or_create({SWEEP_TAG: sweep}, sweep, {})
+        self._stages: dict[str, _StageRun] = {}
+
+    @property
+    def parent_run_id(self) -> str:
+        """The sweep's own run."""
+        return self._parent
+
+    def sync(self) -> list[tuple[Stage, Line]]:
+        """Sends what the journals hold and MLflow lacks.
+
+        Returns:
+            New journal lines with their stages, for whoever shows progress.
+        """
+        fresh: list[tuple[Stage, Line]] = []
+        for stage in self._plan.stages.values():
+            if not any(
+                stage.key in trial.path and trial.sweep == self.sweep for trial in self._plan.trials
+            ):
+                continue
+            run = self._stages.get(stage.key)
+            if run is None:
+                if not stage.store(self._plan.storage).has_started():
+                    continue
+                run = self._stages[stage.key] = self._open(stage)
+            fresh += [(stage, line) for line in run.send()]
+        return fresh
+
+    def close(self, files: Mapping[str, str] | None = None) -> None:
+        """Sends the rest, ends finished runs and attaches the report.
+
+        Args:
+            files: {artifact name: local path} for the sweep's own run.
+        """
+        self.sync()
+        for run in self._stages.values():
+            run.end()
+        for path in (files or {}).values():
+            self._client.log_artifact(self._parent, path, "report")
+        self._client.set_terminated(self._parent)
+
+    def _find_experiment(self, uri: str) -> str:
+        name = f"kdscale/{self.sweep}"
+        found = self._client.get_experiment_by_name(name)
+        if found is not None:
+            return found.experiment_id
+        location = None
+        if uri.startswith("sqlite:///"):
+            location = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
+        return self._client.create_experiment(name, artifact_location=location)
+
+    def _find_or_create(self, identity: dict[str, str], name: str, tags: dict[str, str]) -> str:
+        """Returns the run with these tags, creating it at most once."""
+        query = " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in identity.items())
+        found = self._client.search_runs([self._experiment], query, max_results=1)
+        if found:
+            return found[0].info.run_id
+        run = self._client.create_run(self._experiment, run_name=name, tags={**tags, **identity})
+        return run.info.run_id
+
+    def _open(self, stage: Stage) -> _StageRun:
+        recipe = stage.recipe
+        tags = {
+            "mlflow.parentRunId": self._parent,
+            "sweep": self.sweep,
+            "stage": stage.kind,
+            "inputs": ",".join(stage.inputs),
+            "scale": self._plan.scale.name,
+            "student": _name(recipe.student),
+            "teacher": _name(recipe.teacher),
+            "loss": _name(recipe.loss),
+            "storage": stage.store(self._plan.storage).url(),
+        }
+        run_id = self._find_or_create({KEY_TAG: stage.key}, f"{stage.kind}: {stage.name}", tags)
+        return _StageRun(self._client, run_id, stage, self._plan.storage)
+
+
+class _StageRun:
+    """Mirrors one stage's journal into its run."""
+
+    def __init__(self, client: Any, run_id: str, stage: Stage, storage: Storage) -> None:
+        self._client, self._run_id, self._stage = client, run_id, stage
+        self._store = stage.store(storage)
+        self._reader = JournalReader(self._store)
+        history = client.get_metric_history(run_id, "loss")
+        self._sent = {metric.step for metric in history}
+        self._unsent: list[Line] = []
+        self._log_params()
+
+    def send(self) -> list[Line]:
+        """Sends new lines, keeping them for the next time where the server refuses."""
+        fresh = self._reader.new_lines()
+        self._unsent += [line for line in fresh if self._wanted(line)]
+        while self._unsent:
+            line = self._unsent[0]
+            if line["step"] not in self._sent:
+                self._client.log_batch(self._run_id, metrics=_metrics(line))
+                self._sent.add(line["step"])
+            self._unsent.pop(0)
+        return fresh
+
+    def end(self) -> None:
+        """Marks the run finished, once, with its outputs attached."""
+        if not self._store.is_done():
+            return
+        run = self._client.get_run(self._run_id)
+        if run.info.status == "FINISHED":
+            return
+        self._log_outputs()
+        self._client.set_terminated(self._run_id, "FINISHED")
+
+    def _wanted(self, line: Line) -> bool:
+        """Thins long runs: every `log_every`-th step, and every evaluation."""
+        every = self._stage.recipe.run.log_every if self._stage.recipe.run else 1
+        return line["step"] % every == 0 or "zero_shot_top1" in line
+
+    def _log_params(self) -> None:
+        from mlflow.entities import Param
+
+        known = self._client.get_run(self._run_id).data.params
+        flat = flatten(self._stage.recipe)
+        params = [Param(k, v) for k, v in flat.items() if k not in known]
+        for start in range(0, len(params), 90):
+            self._client.log_batch(self._run_id, params=params[start : start + 90])
+
+    def _log_outputs(self) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            path = os.path.join(scratch, "stage.json")
+            Path(path).write_text(json.dumps(self._store.record(), indent=2, sort_keys=True))
+            self._client.log_artifact(self._run_id, path)
+        storage = self._store.storage
+        with storage.local_directory(*self._store.parts, "output") as directory:
+            for file in sorted(Path(directory).rglob("*")):
+                if file.is_file() and file.stat().st_size <= SMALL_MODEL_BYTES:
+                    target = "/".join(("output", *file.relative_to(directory).parts[:-1]))
+                    self._client.log_artifact(self._run_id, str(file), target)
+
+
+class Mirror:
+    """Keeps MLflow up to date from a thread, whatever happens to the server.
+
+    Args:
+        make_trackers: Connects; called again until it works.
+        on_line: Called with every new journal line.
+        every_s: Seconds between synchronisations.
+    """
+
+    def __init__(
+        self,
+        make_trackers: Callable[[], list[Tracker]],
+        on_line: Callable[[Stage, Line], None],
+        every_s: float = 2.0,
+    ) -> None:
+        self._make, self._on_line, self._every_s = make_trackers, on_line, every_s
+        self._trackers: list[Tracker] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, daemon=True, name="mlflow")
+        self._warned = False
+
+    def __enter__(self) -> Mirror:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def publish(self, sweep: str, files: Mapping[str, str]) -> None:
+        """Ends a sweep's finished runs and attaches its report; a lost server is only a warning."""
+        try:
+            for tracker in self._connected():
+                if tracker.sweep == sweep:
+                    tracker.close(files)
+        except Exception as error:
+            logger.warning("MLflow is not reachable, the report stays in storage: %s", error)
+
+    def _connected(self) -> list[Tracker]:
+        """Returns the trackers, connecting if that has not worked yet."""
+        if not self._trackers:
+            self._trackers = self._make()
+        return self._trackers
+
+    def _loop(self) -> None:
+        while not self._stop.wait(self._every_s):
+            self._sync()
+        self._sync()
+
+    def _sync(self) -> None:
+        try:
+            for tracker in self._connected():
+                for stage, line in tracker.sync():
+                    self._on_line(stage, line)
+            self._warned = False
+        except Exception as error:  # the server's faults must not stop training
+            if not self._warned:
+                logger.warning("MLflow is not reachable, metrics wait in storage: %s", error)
+            self._warned = True
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, str]:
+    """Flattens a recipe into MLflow params: dotted names, at most 500 characters a value."""
+    if isinstance(value, BaseModel):
+        value = {name: getattr(value, name) for name in type(value).model_fields}
+    if isinstance(value, Mapping):
+        flat: dict[str, str] = {}
+        for name, item in value.items():
+            flat |= flatten(item, f"{prefix}.{name}" if prefix else str(name))
+        return flat
+    return {prefix: (_name(value) if callable(value) else str(value))[:500]}
+
+
+def _metrics(line: Line) -> list[Any]:
+    """Translates a journal line; all of a step's metrics go in one call, so in one transaction."""
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    names = {"total": "loss"}
+    terms = {k: v for k, v in line.items() if k not in NOT_METRICS}
+    return [Metric(names.get(k, k), float(v), now, line["step"]) for k, v in terms.items()]
+
+
+def _name(value: Any) -> str:
+    """Returns a short name of a recipe value."""
+    if isinstance(value, Mapping):
+        return "+".join(f"{v:g} {k}" for k, v in value.items())
+    return str(getattr(value, "name", None) or getattr(value, "__qualname__", None) or value)

@@ -1,0 +1,77 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import simplejpeg
+
+Part = tuple[str, bytes]
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[Any]:
+    """One Ray instance for all tests marked `ray`."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    ray.init(
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        object_store_memory=512 << 20,
+        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parent.parent)}},
+    )
+    yield ray
+    ray.shutdown()
+
+
+def jpeg(seed: int, height: int = 40, width: int = 48) -> bytes:
+    """Draws a smooth random picture and compresses it."""
+    coarse = np.random.default_rng(seed).integers(0, 255, (5, 6, 3), np.uint8)
+    tiles = coarse.repeat(-(-height // 5), 0).repeat(-(-width // 6), 1)
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(tiles[:height, :width]), 90)
+
+
+def pair(key: str, seed: int, caption: bytes | None = None) -> list[Part]:
+    """Makes the three members of one sample."""
+    text = f"picture number {seed}".encode() if caption is None else caption
+    meta = json.dumps({"label": seed % 10}).encode()
+    return [(f"{key}.jpg", jpeg(seed)), (f"{key}.txt", text), (f"{key}.json", meta)]
+
+
+@pytest.fixture(scope="session")
+def write_tar() -> Callable[[Path, list[Part]], Path]:
+    """Gives a function that writes named contents as a tar."""
+
+    def write(path: Path, parts: list[Part]) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(path, "w") as tar:
+            for name, data in parts:
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def shards(
+    tmp_path_factory: pytest.TempPathFactory, write_tar: Callable[[Path, list[Part]], Path]
+) -> str:
+    """Writes four healthy shards of uneven size and gives their pattern."""
+    folder = tmp_path_factory.mktemp("shards")
+    for number, size in enumerate((13, 9, 17, 11)):
+        parts = [p for i in range(size) for p in pair(f"{number}{i:04d}", 100 * number + i)]
+        write_tar(folder / f"{number:05d}.tar", parts)
+    return f"{folder}/{{00000..00003}}.tar"
