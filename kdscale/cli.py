@@ -6,7 +6,7 @@ import importlib.util
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +147,7 @@ def sweep_command(action: Callable[[Request], None]) -> Callable[..., None]:
                 overrides=overrides,
                 tracking_uri=tracking_uri,
                 as_json=as_json,
-                command=shlex.join(sys.argv[1:]),
+                command=_run_command(),
             )
             action(request)
 
@@ -155,8 +155,16 @@ def sweep_command(action: Callable[[Request], None]) -> Callable[..., None]:
     return command
 
 
+def _run_command() -> str:
+    """Returns the command that runs what this one was asked about."""
+    program, *options = sys.argv
+    if Path(program).suffix == ".py":
+        return shlex.join(["python", program, *options])
+    return shlex.join(["kdscale", "run", *(option for option in options[1:] if option != "--json")])
+
+
 @contextmanager
-def guarded() -> Iterator[None]:
+def guarded() -> Generator[None]:
     """Turns our errors into a line a person can act on: exit 2 for input, 1 for failed stages."""
     try:
         yield
@@ -175,6 +183,7 @@ def run_sweep(request: Request) -> None:
         request.sweeps,
         console=Console(stderr=request.as_json),
         tracking_uri=request.tracking_uri,
+        command=request.command,
     )
     if request.as_json:
         show_report(request)
@@ -196,7 +205,7 @@ def show_report(request: Request) -> None:
     from kdscale.sweep.render import print_report
     from kdscale.sweep.report import build_report
 
-    report = build_report(request.plan(), request.sweeps)
+    report = build_report(request.plan(), request.sweeps, command=request.command)
     if request.as_json:
         print(json.dumps(report.document(), indent=2))
     else:

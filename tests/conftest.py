@@ -21,6 +21,9 @@ Part = tuple[str, bytes]
 def ray_cluster() -> Iterator[Any]:
     """One Ray instance for all tests marked `ray`."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Workers inherit the environment, not this process's import path.
+    here = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, here))
     import ray
 
     ray.init(
@@ -29,7 +32,6 @@ def ray_cluster() -> Iterator[Any]:
         log_to_driver=False,
         logging_level="ERROR",
         object_store_memory=512 << 20,
-        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parent.parent)}},
     )
     yield ray
     ray.shutdown()

@@ -47,7 +47,7 @@ def config(shards: str) -> StreamConfig:
         crop=Crop(seed=3),
         views=2,
         tokenizers={"letters": make_tokenizer()},
-        cpus_per_task=0.5,
+        cpus_per_task=1.0,
     )
 
 
@@ -118,15 +118,18 @@ def test_the_same_key_and_view_give_the_same_crop(alone: list[list[Batch]]):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("block_bytes", [stream_module.BLOCK_BYTES, 13_000])
+@pytest.mark.parametrize(
+    ("block_bytes", "cpus"), [(stream_module.BLOCK_BYTES, 1.0), (13_000, 1.0), (13_000, 0.5)]
+)
 def test_two_workers_see_the_same_global_batches(
     alone: list[list[Batch]],
     config: StreamConfig,
     block_bytes: int,
+    cpus: float,
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(stream_module, "BLOCK_BYTES", block_bytes)
-    shared = replace(config, num_workers=2)
+    shared = replace(config, num_workers=2, cpus_per_task=cpus)
     assert shared.block_rows == (4 if block_bytes > 13_000 else 2)
     assert [together(s) for s in consume(shared)] == [together(s) for s in alone]
 
@@ -174,11 +177,10 @@ def test_a_stream_of_other_rows_is_refused(config: StreamConfig):
 
 
 def test_a_stream_that_ends_early_is_refused(config: StreamConfig):
-    received = []
+    stream = iter(TrainStream(Fake(range(16, 24)), replace(config, start_step=2), 0))
+    assert next(stream).step == 2
     with pytest.raises(DataError, match="ended before step 3 of 14"):
-        for batch in TrainStream(Fake(range(16, 24)), replace(config, start_step=2), 0):
-            received.append(batch.step)
-    assert received == [2]
+        next(stream)
 
 
 def test_waiting_is_measured_and_reset(config: StreamConfig):

@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 from kdscale.core.config import Distill, Execution, TowerSpec
 from kdscale.data.samples import Batch
 from kdscale.data.shards import Manifest
-from kdscale.stages.distill import DistillJob
+from kdscale.stages.jobs import DistillJob
 from kdscale.stages.loop import World
 
 PX, TOKENS, VOCAB = 32, 8, 600

@@ -62,7 +62,7 @@ def vit(
         name: What people call it.
         px: Side of the image.
         patch: Side of a patch.
-        width: Width of the image tower; heads are 32 wide.
+        width: Width of the image tower; heads are 32 wide, or 16 where that does not divide it.
         layers: Depth of the image tower.
         embed_dim: Width of the shared space.
         text_width: Width of the text tower.
@@ -72,7 +72,7 @@ def vit(
     vision = {"image_size": px, "patch_size": patch, "width": width, "layers": layers}
     tower: dict[str, Any] = {
         "embed_dim": embed_dim,
-        "vision_cfg": {**vision, "head_width": 32},
+        "vision_cfg": {**vision, "head_width": 32 if width % 32 == 0 else 16},
         "text_cfg": text_config(text_width, text_layers, tokenizer),
     }
     siglip = tokenizer == "mini_sp"
@@ -141,38 +141,39 @@ def world(name: str, seed: int, num_samples: int, **fields: Any) -> DataSpec:
     return DataSpec(name=name, mini=drawn, num_samples=num_samples)
 
 
-WEB = world("mini web pairs", 1, 16384, caption_noise=0.2)
-FILTERED = world("mini filtered pairs", 2, 16384, caption_noise=0.0)
-WEBLI = world("mini WebLI", 3, 16384, caption_noise=0.1)
+WEB = world("mini web pairs", 1, 8192, caption_noise=0.2)
+FILTERED = world("mini filtered pairs", 2, 8192)
+WEBLI = world("mini WebLI", 3, 8192, caption_noise=0.1)
 
 SMALL_TEXT = {"text_width": 64, "text_layers": 2}
-LARGE_TEXT = {"text_width": 96, "text_layers": 3}
-BASE = {"px": 64, "patch": 16, "width": 96, "layers": 4, "embed_dim": 64, **SMALL_TEXT}
-LARGE = {"px": 64, "patch": 8, "width": 128, "layers": 4, "embed_dim": 96, **LARGE_TEXT}
+LARGE_TEXT = {"text_width": 96, "text_layers": 2}
+BASE = {"px": 48, "patch": 16, "layers": 4, "embed_dim": 64, **SMALL_TEXT}
+LARGE = {"px": 56, "patch": 14, "layers": 4, "embed_dim": 96, **LARGE_TEXT}
 
 MINI_TEACHERS: dict[str, Distill] = {
-    "clip_b16": pretraining(vit("mini CLIP base", **BASE), WEB),
-    "clip_l14": pretraining(vit("mini CLIP large", **LARGE), WEB),
+    "clip_b16": pretraining(vit("mini CLIP B/16", width=96, **BASE), WEB, epochs=4),
+    "clip_l14": pretraining(vit("mini CLIP L/14", width=128, **LARGE), WEB, epochs=5),
     "siglip_so400m": pretraining(
         vit(
-            "mini SigLIP",
-            px=80,
-            patch=8,
+            "mini SigLIP 60 px",
+            px=60,
+            patch=10,
             width=160,
-            layers=4,
-            embed_dim=128,
+            layers=3,
+            embed_dim=144,
             text_width=128,
-            text_layers=3,
+            text_layers=2,
             tokenizer="mini_sp",
         ),
         WEBLI,
         loss={"sigmoid": 1.0},
+        epochs=4,
     ),
-    "dfn_b16": pretraining(vit("mini DFN base", **BASE | {"width": 112}), FILTERED),
-    "dfn_l14": pretraining(vit("mini DFN large", **LARGE | {"width": 144}), FILTERED),
+    "dfn_b16": pretraining(vit("mini DFN B/16", width=112, **BASE), FILTERED, epochs=4),
+    "dfn_l14": pretraining(vit("mini DFN L/14", width=144, **LARGE), FILTERED, epochs=5),
 }
 MINI_STUDENTS: dict[str, TowerSpec] = {
-    "vit_t16": vit("mini ViT-T", px=64, patch=16, width=64, layers=3, embed_dim=64, **SMALL_TEXT),
+    "vit_t16": vit("mini ViT-T/16", width=64, **BASE | {"layers": 3}),
     "mobilevit_s": hierarchical("mini MobileViT", "mobilevit_xxs", 320),
     "swin_t": hierarchical("Swin-T at 64 px", "swin_tiny_patch4_window7_224", 768),
     "convnext_t": hierarchical("mini ConvNeXt", "test_convnext2", 128),

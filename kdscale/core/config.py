@@ -190,6 +190,7 @@ class Execution(Spec):
 
     Attributes:
         num_workers: Training processes.
+        data_cpus: What all reading and decoding tasks of the stage may use together.
         micro_batch_size: Samples per forward pass of one worker; None means all of its share.
         checkpoint_every: Optimizer steps between checkpoints (and evaluations).
         log_every: Steps between two flushes of the journal.
@@ -199,6 +200,7 @@ class Execution(Spec):
     cpus_per_worker: float = Field(default=1.0, ge=0)
     gpus_per_worker: float = Field(default=0.0, ge=0)
     cpus_per_data_task: float = Field(default=0.25, gt=0)
+    data_cpus: float = Field(default=1.5, gt=0)
     threads_per_worker: int | None = Field(default=None, gt=0)
     micro_batch_size: int | None = Field(default=None, gt=0)
     checkpoint_every: int = Field(default=1000, gt=0)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 from pydantic import BaseModel
 
-from kdscale.core.config import Choice, DataSpec, Spec
+from kdscale.core.config import NOT_IN_KEY, Choice, DataSpec, Spec
 from kdscale.core.types import ConfigError
 
 KEY_LENGTH = 16
@@ -50,9 +50,10 @@ def describe(value: Any, manifests: Mapping[str, str]) -> Any:
             if _in_key(field.json_schema_extra)
         }
     if isinstance(value, Mapping):
-        return {str(k): describe(v, manifests) for k, v in value.items()}
+        entries = cast("Mapping[Any, Any]", value).items()
+        return {str(name): describe(item, manifests) for name, item in entries}
     if isinstance(value, list | tuple):
-        return [describe(item, manifests) for item in value]
+        return [describe(item, manifests) for item in cast("Sequence[Any]", value)]
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Choice):
@@ -79,4 +80,4 @@ def describe_callable(function: Callable[..., Any]) -> dict[str, str]:
 
 def _in_key(extra: Any) -> bool:
     """Tells whether a field's metadata lets it into the key."""
-    return not (isinstance(extra, Mapping) and extra.get("in_key") is False)
+    return not (isinstance(extra, Mapping) and cast("Mapping[str, Any]", extra) == NOT_IN_KEY)

@@ -63,7 +63,9 @@ PAPER = Scale(
     students=dict(catalog.STUDENTS),
     data=dict(catalog.DATA),
     zero_shot=dict(catalog.ZERO_SHOT),
-    run=Execution(num_workers=16, cpus_per_worker=6, gpus_per_worker=1, cpus_per_data_task=1),
+    run=Execution(
+        num_workers=16, cpus_per_worker=2, gpus_per_worker=1, cpus_per_data_task=1, data_cpus=64
+    ),
 )
 MINI = Scale(
     name="mini",

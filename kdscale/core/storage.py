@@ -5,6 +5,8 @@ and, written last, `DONE`. A stage without `DONE` does not exist for anybody els
 a time holds `LEASE`, created if absent and kept alive by a heartbeat.
 """
 
+# pyright: basic
+# (fsspec carries too few types for strict checking)
 from __future__ import annotations
 
 import json
@@ -14,7 +16,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -98,7 +100,7 @@ class Storage:
                 self.write(file.read_bytes(), *parts, *file.relative_to(source).parts)
 
     @contextmanager
-    def local_directory(self, *parts: str) -> Iterator[str]:
+    def local_directory(self, *parts: str) -> Generator[str]:
         """Yields a local path with a directory's content, downloaded where it is remote."""
         if self.is_local:
             yield self.path(*parts)

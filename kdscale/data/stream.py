@@ -9,29 +9,26 @@ every row is known beforehand; `TrainStream` checks it at each step.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
-import cv2
-import fsspec
 import numpy as np
-import pyarrow as pa
 
-from kdscale.core.types import ConfigError, DataError, KdscaleError, ShardChanged
+from kdscale.core.types import ConfigError, DataError, KdscaleError
+from kdscale.data.blocks import Plan, Tokenizer, deal, finish, read_segment
 from kdscale.data.order import WINDOW_SAMPLES, Order, Segment
-from kdscale.data.samples import BadImage, Batch, Crop, render, view_of
-from kdscale.data.shards import Manifest, ShardEntry, changed, read_good
+from kdscale.data.samples import Batch, Crop
+from kdscale.data.shards import Manifest
 
 if TYPE_CHECKING:
     import ray.data
     import ray.train
 
-Tokenizer = Callable[[list[str]], Any]
-
 BLOCK_BYTES = 64 << 20
-_READ_ROWS = 1024
+_MIN_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,8 @@ class StreamConfig:
         sizes: Image sides in pixels; all are rendered from the same crop.
         tokenizers: Picklable functions without arguments, each making a tokenizer that turns
             a list of captions into (B, T) integers; called once per process.
-        cpus_per_task: What a read or decode task asks of the scheduler.
+        cpus_per_task: What a read or decode task asks of the scheduler. Every task that runs at
+            the same time is a process that takes some seconds of CPU to start.
     """
 
     manifest: Manifest
@@ -61,7 +59,7 @@ class StreamConfig:
     crop: Crop = field(default_factory=Crop)
     views: int | None = None
     tokenizers: Mapping[str, Callable[[], Tokenizer]] = field(default_factory=dict)
-    cpus_per_task: float = 0.25
+    cpus_per_task: float = 1.0
     prefetch_batches: int = 2
 
     def __post_init__(self) -> None:
@@ -120,7 +118,7 @@ def train_dataset(config: StreamConfig) -> ray.data.Dataset:
     import ray.cloudpickle
     import ray.data
 
-    plan = _Plan(
+    plan = Plan(
         config.crop,
         config.views,
         config.sizes,
@@ -128,28 +126,29 @@ def train_dataset(config: StreamConfig) -> ray.data.Dataset:
         tuple(shard.path for shard in config.manifest.shards),
     )
     rows, cpus = config.block_rows, config.cpus_per_task
+    options: dict[str, Any] = {"batch_format": "pyarrow", "num_cpus": cpus}
+    even: dict[str, Any] = {"target_num_rows_per_block": rows, "strict": True}
     dataset = _source(config)
-    if rows < config.batch_size and config.num_workers > 1:
-        dataset = dataset.repartition(
-            target_num_rows_per_block=config.global_batch_size, strict=True
-        ).map_batches(
-            partial(deal, num_workers=config.num_workers, rows=rows),
-            batch_size=config.global_batch_size,
-            batch_format="pyarrow",
-            num_cpus=cpus,
-        )
-    dataset = dataset.repartition(target_num_rows_per_block=rows, strict=True).map_batches(
-        partial(_finish, plan=plan), batch_size=rows, batch_format="pyarrow", num_cpus=cpus
-    )
+    dealt = rows < config.batch_size and config.num_workers > 1
+    if dealt:
+        whole = config.global_batch_size
+        dealer = partial(deal, num_workers=config.num_workers, rows=rows)
+        dataset = dataset.repartition(target_num_rows_per_block=whole, strict=True)
+        dataset = dataset.map_batches(dealer, batch_size=whole, **options)
+    finisher = partial(finish, plan=plan)
+    if cpus == 1 and not dealt:
+        # Ray fuses the two, which saves a task and a copy per block; only at one CPU each.
+        dataset = dataset.map_batches(finisher, batch_size=rows, **options).repartition(**even)
+    else:
+        dataset = dataset.repartition(**even).map_batches(finisher, batch_size=rows, **options)
     context = dataset.context
     context.enable_progress_bars = False
     context.enable_operator_progress_bars = False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True
-    # A block that Ray would cut in two is a block that no longer goes to one worker.
-    context.target_max_block_size = max(
-        context.target_max_block_size or 0, 2 * rows * config.row_bytes
-    )
+    # A finished block that Ray would cut in two no longer goes to one worker; what is read may
+    # not be much larger, since a task takes a whole block of it.
+    context.target_max_block_size = max(_MIN_BLOCK_BYTES, rows * config.row_bytes)
     context.execution_options = execution_options()
     return dataset
 
@@ -212,112 +211,11 @@ def _source(config: StreamConfig) -> ray.data.Dataset:
             ),
         )
 
+    # Half, because a reader waits for storage; and unlike the decoders, or Ray would fuse the
+    # two and lose the rows that a block takes from two windows.
     return ray.data.read_datasource(
-        Shards(), override_num_blocks=len(segments), num_cpus=config.cpus_per_task
+        Shards(), override_num_blocks=len(segments), num_cpus=config.cpus_per_task / 2
     )
-
-
-def read_segment(segment: Segment, entries: tuple[ShardEntry, ...]) -> Iterator[pa.Table]:
-    """Reads the compressed samples of a segment, in order.
-
-    The whole segment is held in memory before the first row leaves: its rows lie anywhere in
-    its shards, and a shard is trusted only once it has been read to the end.
-
-    Yields:
-        Tables with columns row, epoch, shard, key, caption, jpg.
-    """
-    slots, places = segment.positions()
-    found: list[tuple[str, str, bytes] | None] = [None] * segment.num_rows
-    for slot, entry in enumerate(entries):
-        rows = np.flatnonzero(slots == slot)
-        if not len(rows):
-            continue
-        target = np.full(entry.num_samples, -1, np.int64)
-        target[places[rows]] = rows
-        fs, path = fsspec.core.url_to_fs(entry.path)
-        # Not strict: the reader itself complains of too many or too few, by name.
-        for row, sample in zip(_endless(target.tolist()), read_good(path, fs, entry), strict=False):
-            if row >= 0:
-                found[row] = (sample.key, sample.caption, sample.jpg or b"")
-    shard_of = np.asarray(segment.shards, np.int32)[slots]
-    for start in range(0, segment.num_rows, _READ_ROWS):
-        stop = min(start + _READ_ROWS, segment.num_rows)
-        keys, captions, images = zip(*(row for row in found[start:stop] if row), strict=True)
-        found[start:stop] = [None] * (stop - start)
-        yield pa.table(
-            {
-                "row": np.arange(start, stop, dtype=np.int64) + segment.first_row,
-                "epoch": np.full(stop - start, segment.epoch, np.int64),
-                "shard": shard_of[start:stop],
-                "key": pa.array(keys, pa.string()),
-                "caption": pa.array(captions, pa.string()),
-                "jpg": pa.array(images, pa.large_binary()),
-            }
-        )
-
-
-def _endless(targets: list[int]) -> Iterator[int]:
-    """Continues with -1, so that surplus samples reach the reader's own check."""
-    yield from targets
-    while True:
-        yield -1
-
-
-def deal(table: pa.Table, num_workers: int, rows: int) -> pa.Table:
-    """Reorders one global batch so that dealing blocks in turn gives each worker its share."""
-    size = table.num_rows
-    order = np.arange(size).reshape(num_workers, size // (num_workers * rows), rows)
-    return table.take(pa.array(order.transpose(1, 0, 2).ravel()))
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What `_finish` needs of a configuration."""
-
-    crop: Crop
-    views: int | None
-    sizes: tuple[int, ...]
-    tokenizers: dict[str, bytes]
-    paths: tuple[str, ...]
-
-
-def _finish(table: pa.Table, plan: _Plan) -> dict[str, Any]:
-    """Decodes, crops and tokenises one block."""
-    cv2.setNumThreads(1)
-    keys = table.column("key").to_pylist()
-    columns: dict[str, Any] = {
-        "row": table.column("row").to_numpy(),
-        "epoch": table.column("epoch").to_numpy(),
-        "key": np.array(keys),
-    }
-    if plan.sizes:
-        shards = table.column("shard").to_pylist()
-        images = {px: np.empty((len(keys), px, px, 3), np.uint8) for px in plan.sizes}
-        for i, data in enumerate(table.column("jpg").to_pylist()):
-            view = view_of(int(columns["epoch"][i]), plan.views)
-            try:
-                crops = render(data, keys[i], view, plan.crop, plan.sizes)
-            except BadImage as error:
-                what = f"a bad image under {keys[i]!r} ({error})"
-                raise ShardChanged(changed(plan.paths[shards[i]], what)) from error
-            for px, pixels in crops.items():
-                images[px][i] = pixels
-        columns |= {f"image_{px}": pixels for px, pixels in images.items()}
-    captions = table.column("caption").to_pylist()
-    for name, payload in plan.tokenizers.items():
-        tokens = np.asarray(_tokenizer(payload)(captions), np.int64)
-        if tokens.ndim != 2 or len(tokens) != len(captions):
-            raise DataError(f"tokenizer {name!r} made {tokens.shape} of {len(captions)} captions")
-        columns[f"tokens_{name}"] = tokens
-    return columns
-
-
-@lru_cache(maxsize=8)
-def _tokenizer(payload: bytes) -> Tokenizer:
-    """Makes a tokenizer once per process."""
-    import ray.cloudpickle
-
-    return ray.cloudpickle.loads(payload)()
 
 
 class TrainStream:
@@ -410,7 +308,9 @@ def _next(blocks: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def _tensor(array: np.ndarray[Any, Any]) -> Any:
-    """Wraps an array of shared memory without a copy."""
+    """Wraps an array without a copy; that it is read-only, torch cannot express."""
     import torch
 
-    return torch.from_numpy(array)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)

@@ -49,7 +49,7 @@ RELATIONS = {
     "above": ("below", 0, -1),
     "below": ("above", 0, 1),
 }
-KINDS = {"single": 0.44, "pair": 0.32, "count": 0.10, "sign": 0.07, "chart": 0.07}
+KINDS = {"single": 0.60, "pair": 0.20, "count": 0.08, "sign": 0.06, "chart": 0.06}
 PARTNER_STEPS = (0, 3, 4, 7)
 TEMPLATES = (
     "a {}.",
@@ -142,13 +142,13 @@ class Thing:
     @property
     def size(self) -> str:
         """Large, small, or nothing in between."""
-        return "large" if self.radius > 0.33 else "small" if self.radius < 0.22 else "medium"
+        return "large" if self.radius > 0.37 else "small" if self.radius < 0.31 else "medium"
 
     @property
     def position(self) -> str:
         """The side of the image that the centre lies nearest to."""
         dx, dy = self.x - 0.5, self.y - 0.5
-        if max(abs(dx), abs(dy)) < 0.07:
+        if max(abs(dx), abs(dy)) < 0.04:
             return "centre"
         if abs(dx) >= abs(dy):
             return "left" if dx < 0 else "right"
@@ -262,9 +262,9 @@ def draw(world: MiniWorld, index: int) -> Scene:
 
 
 def _single(draws: Draws, pair: tuple[str, str]) -> Thing:
-    """One thing anywhere in the image, wholly inside."""
-    radius = draws.between(0.18, 0.42)
-    room = 0.48 - radius
+    """One thing, wholly inside the image and not too far from its centre."""
+    radius = draws.between(0.26, 0.43)
+    room = 0.6 * (0.48 - radius)
     x, y = 0.5 + draws.between(-room, room), 0.5 + draws.between(-room, room)
     return _thing(draws, pair, (x, y), radius)
 

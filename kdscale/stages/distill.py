@@ -11,7 +11,6 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -22,12 +21,11 @@ from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
 from kdscale.core.checkpoints import Checkpoints
-from kdscale.core.config import Distill, TowerSpec
+from kdscale.core.config import TowerSpec
 from kdscale.core.journal import JournalWriter
-from kdscale.core.storage import StageStore, Storage
+from kdscale.core.storage import Storage
 from kdscale.core.types import CheckpointError, ConfigError, TrainingDiverged
 from kdscale.data.samples import Batch
-from kdscale.data.shards import Manifest
 from kdscale.losses.heads import MAX_LOG_SCALE, DistillHeads
 from kdscale.losses.recipes import LossFlags, weights_for
 from kdscale.models.batchnorm import collecting, commit_running_stats, group_batchnorm
@@ -35,6 +33,7 @@ from kdscale.models.droppath import sampled_drop_path, set_draws
 from kdscale.models.towers import build_clip, normalise, save_clip
 from kdscale.stages.evaluate import Evaluator, Scores, Tower
 from kdscale.stages.exchange import gather_rows
+from kdscale.stages.jobs import DistillJob
 from kdscale.stages.loop import (
     ExchangeOptions,
     World,
@@ -50,34 +49,6 @@ from kdscale.stages.loop import (
 )
 
 STAGE_WEIGHTS = "stage:"
-
-
-@dataclass(frozen=True)
-class DistillJob:
-    """Everything a worker needs to run the stage; picklable.
-
-    Attributes:
-        kind: `teacher` or `distill`.
-        key: Content key.
-        storage_root: Where the stage store is.
-        recipe: Resolved recipe.
-        total_steps: Optimizer steps.
-        data: Manifest of the training data.
-        zero_shot_data: Manifest of the benchmark's images.
-    """
-
-    kind: str
-    key: str
-    storage_root: str
-    recipe: Distill
-    total_steps: int
-    data: Manifest
-    zero_shot_data: Manifest | None = None
-
-    @property
-    def stage(self) -> StageStore:
-        """The stage's directory."""
-        return StageStore(Storage(self.storage_root), self.kind, self.key)
 
 
 class Encoder(nn.Module):

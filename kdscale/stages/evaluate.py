@@ -176,7 +176,7 @@ class Evaluator:
 
     def _merge(self, rows: list[tuple[str, int, int]], cka: LinearCKA, with_cka: bool) -> Scores:
         """Puts the workers' shares together in manifest order."""
-        shares = [(rows, cka)]
+        shares: list[Any] = [(rows, cka)]
         if self._world.size > 1:
             shares = [None] * self._world.size
             dist.all_gather_object(shares, (rows, cka))

@@ -93,7 +93,9 @@ def _drawn(spec: DataSpec, world: MiniWorld, storage: Storage, progress: Progres
             write_world(world, directory)
             storage.put_directory(directory, *parts)
         urls = storage.url(*parts, "*.tar")
-        manifest = build_manifest(spec.replace(mini=None, urls=urls), labelled=world.split == "eval")
+        manifest = build_manifest(
+            spec.replace(mini=None, urls=urls), labelled=world.split == "eval"
+        )
         storage.write(manifest.to_json().encode(), *parts, "manifest.json")
     return Manifest.from_json(storage.read(*parts, "manifest.json").decode())
 

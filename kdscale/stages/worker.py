@@ -19,8 +19,7 @@ from kdscale.core.types import StageFailed
 from kdscale.data.samples import Batch, Crop
 from kdscale.data.stream import StreamConfig, TrainStream, data_config, train_dataset
 from kdscale.models.preprocess import tokenizer
-from kdscale.stages.distill import DistillJob, Run
-from kdscale.stages.loop import World
+from kdscale.stages.jobs import DistillJob
 
 DATASET = "train"
 HEALTH_CHECK_INTERVAL_S = "0.2"
@@ -49,7 +48,7 @@ def fit(job: DistillJob, stream: StreamConfig, scratch: str | None = None) -> No
             train_loop_config={"job": job, "stream": stream},
             scaling_config=_scaling(run),
             datasets={DATASET: _dataset_from_cursor(job, stream)},
-            dataset_config=data_config(stream),
+            dataset_config=data_config(run.data_cpus),
             run_config=ray.train.RunConfig(
                 name=job.key,
                 storage_path=scratch or temporary,
@@ -105,7 +104,10 @@ def _dataset_from_cursor(job: DistillJob, stream: StreamConfig) -> Callable[[], 
 
 
 def _work(config: dict[str, Any]) -> None:
-    """Runs on every worker."""
+    """Runs on every worker, the only process that needs the model libraries."""
+    from kdscale.stages.distill import Run
+    from kdscale.stages.loop import World
+
     job: DistillJob = config["job"]
     stream: StreamConfig = config["stream"]
     context = ray.train.get_context()

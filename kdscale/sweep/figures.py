@@ -20,12 +20,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from kdscale.sweep.outcomes import Outcome, TrialRow
+from kdscale.sweep.outcomes import DONE, Outcome, TrialRow
 from kdscale.sweep.report import Report, Table
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, without black and yellow.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D46")
-DASHES = ("solid", (0, (6, 1.5)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1.5)))
+DASHES = ("solid", (0, (6, 1.5)), (0, (3, 1.5)), (0, (9, 1.5)))
+CONTROL_DASH = (0, (6, 1.5, 1, 1.5))
 TEACHER_DASH, FAINT_DASH = (0, (4, 3)), (0, (1, 1.6))
 INK, MUTED, LINE, GOOD, BAD = "#1b1f24", "#59636e", "#d0d7de", "#00745a", "#b34700"
 THEME = {INK: "--ink", MUTED: "--muted", LINE: "--line", GOOD: "--good", BAD: "--bad"} | {
@@ -66,8 +67,8 @@ class Look:
         return list(dict.fromkeys(row.column for row in self.compared))
 
     def colour(self, row: TrialRow) -> str:
-        """Returns a trial's colour; controls are in ink."""
-        if row.is_baseline:
+        """Returns a trial's colour; a control in a row of its own is in ink."""
+        if row.row not in self.row_names:
             return INK
         return COLOURS[self.row_names.index(row.row) % len(COLOURS)]
 
@@ -87,9 +88,9 @@ class Look:
 
     def dash(self, row: TrialRow) -> Any:
         """Returns a trial's line style."""
-        rests = self.rests()
-        rest = self.rest(row)
-        return DASHES[rests.index(rest) % len(DASHES)] if rest in rests else DASHES[0]
+        if row not in self.compared:
+            return DASHES[0] if self.colour(row) == INK else CONTROL_DASH
+        return DASHES[self.rests().index(self.rest(row)) % len(DASHES)]
 
     def in_panel(self, panel: str) -> list[TrialRow]:
         """Returns the trials of a panel, and the controls, which stand in every one."""
@@ -100,16 +101,19 @@ class Look:
         assert row.key is not None
         return self.report.outcomes[row.key]
 
-    def legend(self) -> list[Line2D]:
-        """Returns legend entries for rows, controls and dashes."""
+    def legend(self, marker: str = "") -> list[Line2D]:
+        """Returns legend entries for rows, controls and dashes; only rows where dots are drawn."""
         entries = [
-            _entry(name, COLOURS[i % len(COLOURS)], "solid")
+            _entry(name, COLOURS[i % len(COLOURS)], "solid", marker)
             for i, name in enumerate(self.row_names)
         ]
-        if any(row.is_baseline for row in self.trials) and self.compared is not self.trials:
-            entries.append(_entry("control", INK, "solid"))
+        controls = [row for row in self.trials if row not in self.compared]
+        if controls:
+            own = self.colour(controls[0]) == INK
+            dash, colour = self.dash(controls[0]), INK if own else MUTED
+            entries.append(_entry("control", colour, dash, "s" if marker else ""))
         rests = self.rests()
-        if len(rests) > 1:
+        if len(rests) > 1 and not marker:
             entries += [
                 _entry(rest, MUTED, DASHES[i % len(DASHES)]) for i, rest in enumerate(rests)
             ]
@@ -118,7 +122,7 @@ class Look:
 
 def _entry(name: str, colour: str, dash: Any, marker: str = "") -> Line2D:
     """Returns a legend entry."""
-    return Line2D([], [], color=colour, linestyle=dash, marker=marker, label=name, linewidth=1.8)
+    return Line2D([], [], color=colour, linestyle=dash, marker=marker, label=name, linewidth=1.7)
 
 
 def scores_figure(report: Report, sweep: str) -> Figure | None:
@@ -139,8 +143,10 @@ def scores_figure(report: Report, sweep: str) -> Figure | None:
         _score_line(left, place, row, look)
     for chance in {row.score.chance for row in look.trials if row.score}:
         left.axvline(chance, color=MUTED, linestyle=FAINT_DASH, linewidth=1.2)
-    names = [short(row.name) for row in look.trials]
-    left.set_yticks(range(len(names)), names, color=INK, fontsize=8.5)
+    names = [_tick(row) for row in look.trials]
+    left.set_yticks(range(len(names)), names, fontsize=8.5, parse_math=False)
+    for row, text in zip(look.trials, left.get_yticklabels(), strict=True):
+        text.set_color(MUTED if row.score is None else INK)
     left.set_ylim(len(names) - 0.4, -0.6)
     if compared:
         right = grid[0][1]
@@ -153,7 +159,7 @@ def scores_figure(report: Report, sweep: str) -> Figure | None:
     extra = [_entry("chance", MUTED, FAINT_DASH)]
     if any(_teacher_score(look, row) is not None for row in look.trials):
         extra.append(_hollow("the trial's teacher"))
-    _legend(figure, look.legend()[: len(look.row_names) + 1] + extra)
+    _legend(figure, look.legend("o") + extra)
     return figure
 
 
@@ -164,10 +170,13 @@ def _score_line(axes: Any, place: int, row: TrialRow, look: Look) -> None:
         axes.plot(teacher, place, **_HOLLOW)
     if row.score is not None:
         _interval(axes, place, row.score.top1, row.score.interval, look, row)
-    else:
-        where = axes.get_yaxis_transform()
-        words = "no score" if row.state == "done" else row.state
-        axes.text(0.02, place, words, transform=where, color=MUTED, va="center", fontsize=8)
+
+
+def _tick(row: TrialRow) -> str:
+    """Names a trial beside its line, and says why the line is empty."""
+    if row.score is not None:
+        return short(row.name)
+    return f"{short(row.name)} ({'no score' if row.state == DONE else row.state})"
 
 
 _HOLLOW: dict[str, Any] = {
@@ -188,7 +197,7 @@ def _interval(
     colour = look.colour(row)
     if math.isfinite(interval.low) and math.isfinite(interval.high):
         axes.plot([interval.low, interval.high], [place, place], color=colour, linewidth=2)
-    axes.plot(value, place, "o", color=colour, markersize=6)
+    axes.plot(value, place, "s" if row.is_baseline else "o", color=colour, markersize=6)
 
 
 def _teacher_score(look: Look, row: TrialRow) -> float | None:
@@ -271,7 +280,7 @@ def _panels(
 ) -> Figure | None:
     """Draws one panel a column; None where nothing was drawn in any."""
     names = list(look.panels if panels is None else panels)
-    num_columns = min(3, len(names))
+    num_columns = 2 if len(names) == 4 else min(3, len(names))
     num_rows = math.ceil(len(names) / num_columns)
     figure = _figure(2.5 * num_rows + 0.8)
     grid: Any = figure.subplots(

@@ -6,7 +6,7 @@ import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from kdscale.core.config import Choice, Distill
 from kdscale.core.scale import Scale
@@ -94,7 +94,7 @@ class Sweep:
         varied = {
             name
             for name in Distill.model_fields
-            if len({_label(getattr(recipe, name)) for recipe in recipes}) > 1
+            if len({label(getattr(recipe, name)) for recipe in recipes}) > 1
         } | {"student", "teacher", "loss"}
         return [_trial(recipe, varied) for recipe in recipes]
 
@@ -122,19 +122,18 @@ def expand(template: Distill) -> Iterator[Distill]:
 
 def _trial(recipe: Distill, varied: set[str]) -> Trial:
     """Names a trial by what distinguishes it."""
-    chosen = {
-        name: _label(getattr(recipe, name)) for name in Distill.model_fields if name in varied
-    }
+    chosen = {name: label(getattr(recipe, name)) for name in Distill.model_fields if name in varied}
     teacher = chosen["teacher"]
     parts = [chosen["student"], "alone" if teacher is None else f"from {teacher}", chosen["loss"]]
     extra = [f"{k}={v}" for k, v in chosen.items() if k not in ("student", "teacher", "loss")]
     return Trial(name=" ".join([*map(str, parts), *extra]), recipe=recipe, chosen=chosen)
 
 
-def _label(value: Any) -> Any:
-    """Returns a short, hashable name of a field's value."""
+def label(value: Any) -> Any:
+    """Returns a short, hashable name of a recipe field's value."""
     if value is None or isinstance(value, str | int | float | bool):
         return value
     if isinstance(value, dict):
-        return "+".join(f"{weight:g} {term}" for term, weight in value.items())
+        weights = cast("dict[str, float]", value).items()
+        return "+".join(term if weight == 1 else f"{weight:g} {term}" for term, weight in weights)
     return getattr(value, "name", None) or getattr(value, "__qualname__", None) or repr(value)

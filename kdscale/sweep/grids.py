@@ -11,6 +11,13 @@ from kdscale.sweep.outcomes import DONE, Row, TeacherRow, TrialRow
 from kdscale.sweep.report import Cell, Table
 
 NONE = "–"
+METRICS = {
+    "zero_shot_top1": "Zero-shot top-1, %, with 95 % interval,",
+    "difference": "Difference to the control, points,",
+    "cka_debiased": "CKA with the teacher, debiased,",
+    "cka_biased": "CKA with the teacher, biased,",
+    "seconds": "Time in seconds",
+}
 
 
 @dataclass(frozen=True)
@@ -79,10 +86,21 @@ def teacher_grid(rows: Sequence[TeacherRow]) -> Grid:
     )
 
 
-def pivot_grid(table: Table) -> Grid:
-    """Returns a sweep's own table."""
+def pivot_grid(table: Table, rows: Sequence[TrialRow]) -> Grid:
+    """Returns a sweep's own table, with n and chance of its scores in the title.
+
+    Args:
+        table: The table.
+        rows: The sweep's trials.
+    """
+    title = f"{METRICS.get(table.value, table.value)} by {table.rows} and {table.columns}"
+    scores = [row.score for row in rows if row.score is not None]
+    if table.value in ("zero_shot_top1", "difference") and scores:
+        sizes = " or ".join(f"{n:,}" for n in sorted({score.n for score in scores}))
+        chances = " or ".join(f"{c:.1f}" for c in sorted({score.chance for score in scores}))
+        title += f" (n = {sizes} images, chance {chances} %)"
     return Grid(
-        title=f"{table.value} by {table.rows} and {table.columns}",
+        title=title,
         columns=(table.rows, *table.column_names),
         rows=[
             [Words(row), *(_cell(table.cells.get((row, column))) for column in table.column_names)]
@@ -157,7 +175,7 @@ def _cell(cell: Cell | None) -> Words:
     if cell is None:
         return Words("")
     if cell.value is None:
-        return Words("not finished", "muted")
+        return Words(NONE if cell.state == DONE else cell.state, "muted")
     words = f"{cell.value:.1f}" if cell.interval else f"{cell.value:.3g}"
     if cell.interval:
         words += f" {_interval(cell.interval)}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -61,13 +61,13 @@ class Difference:
         points: Percentage points; positive where the model is better.
         interval: 95 % interval of a paired bootstrap.
         n: Images that all of them answered.
-        baseline: Name of the control, or names of the controls that were averaged.
+        controls: Names of the controls; several are averaged.
     """
 
     points: float
     interval: Interval
     n: int
-    baseline: str
+    controls: tuple[str, ...]
 
     @property
     def verdict(self) -> str:
@@ -313,20 +313,17 @@ def _oddity(predictions: Predictions) -> str:
     return ""
 
 
-def compare(
-    model: Predictions, controls: Sequence[Predictions], baseline: str
-) -> Difference | None:
+def compare(model: Predictions, controls: Mapping[str, Predictions]) -> Difference | None:
     """Compares a model with the mean of its controls, image by image.
 
     Args:
         model: Answers of the model.
-        controls: Answers of the controls, at least one.
-        baseline: What the controls are called.
+        controls: {name: answers} of the controls, at least one.
 
     Returns:
         The difference, None where they share no image.
     """
-    own, others = model.correct(), [control.correct() for control in controls]
+    own, others = model.correct(), [control.correct() for control in controls.values()]
     shared = [key for key in own if all(key in other for other in others)]
     if not shared:
         return None
@@ -339,7 +336,7 @@ def compare(
         points=100.0 * found.difference,
         interval=percent(found.interval),
         n=found.n,
-        baseline=baseline,
+        controls=tuple(controls),
     )
 
 

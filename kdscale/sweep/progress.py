@@ -11,6 +11,7 @@ from rich.tree import Tree
 from kdscale.core.config import TowerSpec
 from kdscale.core.journal import Line, read_steps
 from kdscale.core.storage import Storage
+from kdscale.sweep.grid import label
 from kdscale.sweep.plan import Plan, Stage
 
 PRINT_EVERY_S = 5.0
@@ -104,10 +105,9 @@ def teacher_table(plan: Plan) -> Table:
         tower = stage.recipe.student
         if stage.kind != "teacher" or not isinstance(tower, TowerSpec):
             continue
-        loss = stage.recipe.loss
         mini = getattr(stage.recipe.data, "mini", None)
         cells = [tower.name, tower.width, tower.patch_px, tower.image_px, tower.tokenizer]
-        cells += ["+".join(loss) if isinstance(loss, dict) else loss]
+        cells += [label(stage.recipe.loss)]
         table.add_row(*map(str, cells), "" if mini is None else f"{mini.caption_noise:.0%}")
     return table
 

@@ -7,7 +7,7 @@ reader's preference for light or dark.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -27,11 +27,13 @@ from kdscale.sweep.figures import (
     scores_figure,
     to_svg,
 )
-from kdscale.sweep.grids import Grid, pivot_grid, teacher_grid, trial_grid
+from kdscale.sweep.grids import Grid, Words, pivot_grid, teacher_grid, trial_grid
 from kdscale.sweep.plan import Plan
 from kdscale.sweep.report import Report, Table
 from kdscale.sweep.sheet import sheet_figure
 
+MIN_NAME = 16
+OPTIONAL = ("CKA biased", "steps", "time")
 TONES = {"better": "green", "worse": "red", "muted": "dim"}
 HOW_TO_READ = (
     "Top-1 is the percentage of n benchmark images whose class the model names; chance is what "
@@ -64,22 +66,65 @@ def print_report(report: Report, console: Console) -> None:
         rows = report.of(table.sweep)
         console.print()
         console.rule(Text(table.sweep, style="bold"))
-        _print_grid(pivot_grid(table), console)
+        _print_grid(pivot_grid(table, rows), console)
         _print_grid(trial_grid(rows), console)
         console.print(Text(report.verdict(table.sweep)))
     console.print(Text("\n".join(("", *HOW_TO_READ)), style="dim"))
 
 
 def _print_grid(grid: Grid, console: Console) -> None:
-    """Prints one table and its notes."""
-    table = RichTable(title=grid.title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for index, column in enumerate(grid.columns):
-        table.add_column(column, justify="right" if index else "left", overflow="fold")
-    for row in grid.rows:
+    """Prints one table and its notes; breaks cells and leaves columns out only where it must."""
+    broken = _map_texts(grid, _broken)
+    shown = [column for column in grid.columns if column not in OPTIONAL]
+    fits = [option for option in (grid, broken) if _width(option) <= console.width]
+    chosen = fits[0] if fits else _only(broken, shown)
+    table = RichTable(
+        title=chosen.title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    whole = _width(chosen) <= console.width
+    for index, column in enumerate(chosen.columns):
+        justify = "right" if index else "left"
+        header = column.replace(" ", "\n", 1)
+        table.add_column(header, justify=justify, overflow="fold", no_wrap=whole and index > 0)
+    for row in chosen.rows:
         table.add_row(*(Text(words.text, style=TONES.get(words.tone, "")) for words in row))
     console.print(table)
-    for note in grid.notes:
+    for note in chosen.notes:
         console.print(Text(f"  {note}", style="yellow"))
+
+
+def _width(grid: Grid) -> int:
+    """Returns the characters that a table takes when only the first column is folded."""
+    columns = zip(
+        *([Words(c.replace(" ", "\n", 1)) for c in grid.columns], *grid.rows), strict=True
+    )
+    widths = [max(len(line) for words in c for line in words.text.split("\n")) for c in columns]
+    return min(widths[0], MIN_NAME) + sum(widths[1:]) + 2 * len(widths) + 2
+
+
+def _only(grid: Grid, columns: Sequence[str]) -> Grid:
+    """Leaves columns out, and says which."""
+    places = [grid.columns.index(column) for column in columns]
+    left_out = [column for column in grid.columns if column not in columns]
+    notes = [f"A wider terminal also shows {', '.join(left_out)}."] if left_out else []
+    rows = [[row[place] for place in places] for row in grid.rows]
+    return replace(grid, columns=tuple(columns), rows=rows, notes=[*grid.notes, *notes])
+
+
+def _map_texts(grid: Grid, change: Callable[[str], str]) -> Grid:
+    """Changes the text of every cell right of the first column."""
+    rows = [
+        [row[0], *(replace(words, text=change(words.text)) for words in row[1:])]
+        for row in grid.rows
+    ]
+    return replace(grid, rows=rows)
+
+
+def _broken(text: str) -> str:
+    """Breaks a cell's text where that hurts least."""
+    for before, after in ((" [", "\n["), ("not f", "not\nf"), (" of ", "\nof ")):
+        text = text.replace(before, after)
+    return text
 
 
 def write_html(report: Report, plan: Plan, path: str | Path) -> None:
@@ -102,7 +147,7 @@ def html_page(report: Report, storage: Storage) -> str:
         report: What to write.
         storage: Where the sample images are found.
     """
-    title = ", ".join(table.sweep for table in report.tables)
+    title = "Report: " + ", ".join(table.sweep for table in report.tables)
     teachers = _html_grid(teacher_grid(report.teachers)) if report.teachers else ""
     sections = "".join(_section(report, table, storage) for table in report.tables)
     return (
@@ -121,11 +166,12 @@ def html_page(report: Report, storage: Storage) -> str:
 def _section(report: Report, table: Table, storage: Storage) -> str:
     """Returns one sweep's part of the page."""
     sweep = table.sweep
+    rows = report.of(sweep)
     figures = [_html_figure(plot, sweep, partial(draw, report, sweep)) for plot, draw in PLOTS]
     figures.append(_html_figure(SHEET, sweep, partial(sheet_figure, report, sweep, storage)))
     return (
         f"<section><h2>{escape(sweep)}</h2><p>{escape(report.verdict(sweep))}</p>"
-        f"{_html_grid(pivot_grid(table))}{figures[0]}{_html_grid(trial_grid(report.of(sweep)))}"
+        f"{_html_grid(pivot_grid(table, rows))}{figures[0]}{_html_grid(trial_grid(rows))}"
         f"{''.join(figures[1:])}</section>"
     )
 
@@ -235,7 +281,7 @@ CSS = """
 --c2:#3cc9a0;--c3:#e39cc8;--c4:#f2b84b;--c5:#8cd0f5;--c6:#b9986f}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
-main{max-width:1080px;margin:0 auto;padding:24px 20px 64px}
+main{max-width:1140px;margin:0 auto;padding:24px 20px 64px}
 h1{font-size:1.7rem;line-height:1.2;margin:0 0 8px}
 h2{font-size:1.35rem;margin:48px 0 8px;padding-top:20px;border-top:1px solid var(--line)}
 h3{font-size:1.05rem;margin:32px 0 8px}
@@ -246,9 +292,10 @@ p{margin:4px 0;max-width:80ch}
 table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums}
 th,td{padding:5px 12px 5px 0;text-align:right;white-space:nowrap;vertical-align:top;
 border-bottom:1px solid var(--line)}
-th:first-child{text-align:left;padding-right:24px}
+th:first-child{text-align:left;padding-right:20px}
 thead th{color:var(--muted);font-weight:600;vertical-align:bottom}
-tbody th{font-weight:500}
+tbody th{font-weight:500;white-space:normal;min-width:11em}
+thead th{white-space:normal}
 td.better{color:var(--good);font-weight:600}
 td.worse{color:var(--bad);font-weight:600}
 figure{margin:0}

@@ -14,7 +14,7 @@ from typing import Any, cast
 from kdscale.analysis.stats import Interval
 from kdscale.core.config import Distill, TowerSpec
 from kdscale.core.types import unknown_name
-from kdscale.sweep.grid import Sweep
+from kdscale.sweep.grid import Sweep, label
 from kdscale.sweep.outcomes import (
     DONE,
     LEVEL,
@@ -36,9 +36,12 @@ class Cell:
     """One cell of a table: the mean of its finished trials.
 
     Attributes:
-        interval: Of a mean accuracy; it covers the choice of images, not of seeds.
+        state: `done` where all trials are, whether they have the value or not.
+        num_done: Trials that have the value.
+        interval: Of an accuracy or of one difference; it covers the choice of images, not of seeds.
     """
 
+    state: str
     value: float | None
     interval: Interval | None
     num_done: int
@@ -163,19 +166,22 @@ def build_report(plan: Plan, sweeps: Sequence[Sweep], *, command: str | None = N
 
     Args:
         plan: Trials and stages; what is finished is looked up anew.
-        sweeps: The sweeps that the plan was made of.
+        sweeps: Those of the plan's sweeps that are reported.
         command: What runs the unfinished stages, for the message.
 
     Raises:
         UnknownName: If a sweep's table or baseline names a field that recipes do not have.
     """
-    outcomes = {key: read_outcome(stage, plan.storage) for key, stage in plan.stages.items()}
+    names = {sweep.name for sweep in sweeps}
+    chosen = [trial for trial in plan.trials if trial.sweep in names]
+    keys = dict.fromkeys(key for trial in chosen for key in trial.path)
+    outcomes = {key: read_outcome(plan.stages[key], plan.storage) for key in keys}
     warnings = list(dict.fromkeys(plan.missing))
     trials: list[TrialRow] = []
     tables: list[Table] = []
     for sweep in sweeps:
         _check_fields(sweep)
-        planned = [trial for trial in plan.trials if trial.sweep == sweep.name]
+        planned = [trial for trial in chosen if trial.sweep == sweep.name]
         rows = [_trial_row(trial, planned, sweep, outcomes) for trial in planned]
         tables.append(_table(sweep, rows, outcomes))
         warnings += _warnings(sweep, rows)
@@ -186,7 +192,7 @@ def build_report(plan: Plan, sweeps: Sequence[Sweep], *, command: str | None = N
         storage=plan.storage.root,
         command=command or f"kdscale run {files} --scale {plan.scale.name}",
         trials=tuple(trials),
-        teachers=tuple(_teacher_rows(plan, outcomes)),
+        teachers=tuple(_teacher_rows(chosen, outcomes)),
         tables=tuple(tables),
         warnings=tuple(warnings),
         outcomes=outcomes,
@@ -226,13 +232,15 @@ def _trial_row(
     outcome = outcomes[planned.key]
     difference, notes = None, [outcome.note]
     if not _is_baseline(planned, sweep):
-        controls = [t for t in _controls(planned, trials, sweep) if outcomes[t.key].predictions]
+        controls = {
+            control.trial.name: answers
+            for control in _controls(planned, trials, sweep)
+            if (answers := outcomes[control.key].predictions) is not None
+        }
         if controls and outcome.predictions is not None:
-            answers = [p for t in controls if (p := outcomes[t.key].predictions) is not None]
-            names = " and ".join(control.trial.name for control in controls)
-            difference = compare(outcome.predictions, answers, names)
+            difference = compare(outcome.predictions, controls)
             if difference is None:
-                notes.append(f"shares no image with its control, {names}")
+                notes.append(f"shares no image with its control, {' and '.join(controls)}")
     metrics = outcome.metrics
     if any(math.isnan(metrics.get(name, 0.0)) for name in ("cka_debiased", "cka_biased")):
         notes.append("CKA is undefined (NaN): too few images, or features that do not vary")
@@ -271,15 +279,6 @@ def _label(planned: PlannedTrial, name: str) -> str:
     return f"no {name}" if value is None else str(value)
 
 
-def label(value: Any) -> Any:
-    """Returns a short name of a recipe field's value."""
-    if isinstance(value, dict):
-        weights = cast("dict[str, float]", value).items()
-        return "+".join(f"{weight:g} {term}" for term, weight in weights)
-    name = getattr(value, "name", None) or getattr(value, "__qualname__", None)
-    return value if name is None else name
-
-
 def _is_baseline(planned: PlannedTrial, sweep: Sweep) -> bool:
     """Tells whether a trial is one that the others are compared with."""
     if sweep.baseline is None:
@@ -308,11 +307,13 @@ def _controls(
     return [trial for trial in found if agreement(trial, every) == best]
 
 
-def _teacher_rows(plan: Plan, outcomes: Mapping[str, Outcome]) -> list[TeacherRow]:
-    """Reports every teacher of the plan once, whether a stage trains it or not."""
+def _teacher_rows(
+    trials: Sequence[PlannedTrial], outcomes: Mapping[str, Outcome]
+) -> list[TeacherRow]:
+    """Reports every teacher once, whether a stage trains it or not."""
     found: dict[str, tuple[TowerSpec, list[str]]] = {}
-    for planned in plan.trials:
-        tower = plan.stages[planned.key].recipe.teacher
+    for planned in trials:
+        tower = outcomes[planned.key].stage.recipe.teacher
         if isinstance(tower, TowerSpec):
             roles = found.setdefault(tower.model_dump_json(), (tower, []))[1]
             roles.append(_label(planned, "teacher"))
@@ -365,12 +366,14 @@ def _cell(rows: Sequence[TrialRow], metric: str, outcomes: Mapping[str, Outcome]
     done = [row for row in rows if row.value(metric) is not None]
     values = [value for row in done if (value := row.value(metric)) is not None]
     interval = None
-    if metric == "zero_shot_top1" and done:
-        interval = done[0].score.interval if len(done) == 1 and done[0].score else None
-        if len(done) > 1:
-            answers = [outcomes[row.key].predictions for row in done if row.key is not None]
-            interval = mean_interval([a for a in answers if isinstance(a, Predictions)])
+    if len(done) == 1:
+        source = {"zero_shot_top1": done[0].score, "difference": done[0].difference}.get(metric)
+        interval = source.interval if source else None
+    elif metric == "zero_shot_top1" and done:
+        answers = [outcomes[row.key].predictions for row in done if row.key is not None]
+        interval = mean_interval([a for a in answers if isinstance(a, Predictions)])
     return Cell(
+        state=DONE if all(row.state == DONE for row in rows) else NOT_FINISHED,
         value=sum(values) / len(values) if values else None,
         interval=interval,
         num_done=len(done),

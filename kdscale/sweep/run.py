@@ -18,7 +18,12 @@ from kdscale.sweep.tracking import Mirror, Tracker, default_tracking_uri
 
 
 def execute(
-    plan: Plan, sweeps: Sequence[Sweep], *, console: Console, tracking_uri: str | None
+    plan: Plan,
+    sweeps: Sequence[Sweep],
+    *,
+    console: Console,
+    tracking_uri: str | None,
+    command: str,
 ) -> None:
     """Runs what a plan still lacks and reports.
 
@@ -27,6 +32,7 @@ def execute(
         sweeps: The sweeps it was made from.
         console: Where progress and tables go.
         tracking_uri: MLflow server; None for SQLite in the storage.
+        command: What runs the rest of a study that did not finish.
 
     Raises:
         NoShards: If input data are not at hand.
@@ -48,15 +54,17 @@ def execute(
 
     with Mirror(connect, progress.line) as mirror:
         failures = run_plan(plan)
-    _publish(plan, sweeps, mirror, console)
+    _publish(plan, sweeps, mirror, console, command)
     console.print(f"[bold]look[/]   mlflow ui --backend-store-uri {uri}")
     raise_failures(failures)
 
 
-def _publish(plan: Plan, sweeps: Sequence[Sweep], mirror: Mirror, console: Console) -> None:
+def _publish(
+    plan: Plan, sweeps: Sequence[Sweep], mirror: Mirror, console: Console, command: str
+) -> None:
     """Writes each sweep's report, locally and to MLflow."""
     for sweep in sweeps:
-        report = build_report(plan, [sweep])
+        report = build_report(plan, [sweep], command=command)
         print_report(report, console)
         with tempfile.TemporaryDirectory() as scratch:
             path = os.path.join(scratch, "report.html")

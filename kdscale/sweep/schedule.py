@@ -4,19 +4,20 @@ Finished means `DONE` in storage, not anything that Tune remembers: a sweep that
 skips what is finished and resumes what is not.
 """
 
+# pyright: basic
+# (Ray carries too few types for strict checking)
 from __future__ import annotations
 
 import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
 import ray
-import ray.train
 import ray.tune
 
 import kdscale
@@ -27,7 +28,7 @@ from kdscale.core.types import ImpossibleResources, StageFailed
 from kdscale.stages.inputs import find_source
 from kdscale.sweep.plan import Plan, PlannedTrial, Stage, total_steps
 
-DATA_TASKS = 2
+TRIAL = {"memory": 1.0}  # Tune wants a resource; a trial only waits for its workers
 WAIT_FOR_WRITER_S = 1.0
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -56,19 +57,28 @@ def start_ray() -> None:
     address = os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     if address is None:
-        options |= {"address": "local", "include_dashboard": False}
+        options |= {"address": "local", "include_dashboard": False, "num_cpus": local_cpus()}
     ray.init(runtime_env={"env_vars": QUIET}, **options)
+
+
+def local_cpus() -> int:
+    """Returns Ray's CPU tokens on a machine of one's own: two more than cores.
+
+    Ray Data's repartition takes a whole CPU however little it does; with the bare number of
+    cores a small machine would reserve them all for training and never feed it.
+    """
+    return (os.cpu_count() or 1) + 2
 
 
 def demand(run: Execution) -> dict[str, float]:
     """Returns what one running stage needs at once: its workers and the tasks that feed them."""
-    need = {"CPU": run.num_workers * run.cpus_per_worker + DATA_TASKS * run.cpus_per_data_task}
+    need = {"CPU": run.num_workers * run.cpus_per_worker + run.data_cpus}
     if run.gpus_per_worker:
         need["GPU"] = run.num_workers * run.gpus_per_worker
     return need
 
 
-def concurrent_trials(stages: Sequence[Stage], available: dict[str, float]) -> int:
+def concurrent_trials(stages: Sequence[Stage], available: Mapping[str, float]) -> int:
     """Returns how many stages fit on the cluster at once.
 
     Raises:
@@ -103,7 +113,7 @@ def run_plan(plan: Plan) -> list[TrialFailure]:
         return []
     start_ray()
     concurrency = concurrent_trials(plan.remaining(), ray.cluster_resources())
-    trainable = ray.tune.with_resources(ray.tune.with_parameters(_run_trial, plan=plan), {"CPU": 0})
+    trainable = ray.tune.with_resources(ray.tune.with_parameters(_run_trial, plan=plan), TRIAL)
     with tempfile.TemporaryDirectory() as scratch:
         tuner = ray.tune.Tuner(
             trainable,
@@ -165,7 +175,7 @@ def run_stage(stage: Stage, storage: Storage) -> None:
 
 def _execute(stage: Stage, storage: Storage) -> dict[str, Any]:
     """Runs the workers and returns what `stage.json` says."""
-    from kdscale.stages.distill import DistillJob
+    from kdscale.stages.jobs import DistillJob
     from kdscale.stages.worker import fit, stream_config
 
     recipe, started = stage.recipe, time.time()

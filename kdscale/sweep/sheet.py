@@ -53,7 +53,7 @@ class Sample:
 def sheet_figure(report: Report, sweep: str, storage: Storage) -> Figure | None:
     """Draws images of the benchmark, drawn at random, with the answers of finished students.
 
-    Shows all students of a small sweep, else the best one and its controls.
+    Shows all students of a small sweep, else the best one and its control.
 
     Args:
         report: Whose predictions are shown.
@@ -100,7 +100,8 @@ def _models(report: Report, sweep: str) -> list[TrialRow]:
     ]
     if len(same) <= MAX_MODELS:
         return same
-    return (same[:1] + [row for row in same[1:] if row.is_baseline])[:MAX_MODELS]
+    controls = same[0].difference.controls if same[0].difference else ()
+    return (same[:1] + [row for row in same[1:] if row.name in controls])[:MAX_MODELS]
 
 
 def _predictions(report: Report, row: TrialRow) -> Predictions:

@@ -6,6 +6,8 @@ restarted sweeps leave neither duplicates nor gaps. While the server is away not
 the next synchronisation sends what is missing.
 """
 
+# pyright: basic
+# (MLflow carries too few types for strict checking)
 from __future__ import annotations
 
 import json

@@ -1,0 +1,183 @@
+"""Recipes, scales, content keys, storage, leases, journal."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import socket
+from pathlib import Path
+
+import pytest
+
+from kdscale.core import storage as storage_module
+from kdscale.core.config import Choice, DataSpec, Distill, Execution, TowerSpec
+from kdscale.core.journal import JournalReader, JournalWriter, read_steps
+from kdscale.core.keys import content_key, describe_callable
+from kdscale.core.scale import MINI, PAPER, SCALES, resolve, scale_named, teacher_of
+from kdscale.core.storage import Lease, StageStore, Storage
+from kdscale.core.types import ConfigError, StorageError, UnknownField, UnknownName
+
+
+def recipe(**fields: object) -> Distill:
+    return Distill(**({"student": "vit_t16", "teacher": "clip_b16"} | fields))
+
+
+def key(distill: Distill, **manifests: str) -> str:
+    return content_key("distill", 1, resolve(distill, MINI), manifests)
+
+
+def my_loss(student_image, student_text, *_rest):
+    return (student_image * student_text).sum()
+
+
+def test_defaults_are_the_papers() -> None:
+    plain = resolve(recipe(), PAPER)
+    assert (plain.epochs, plain.lr, plain.warmup_steps) == (32, 5e-4, 2000)
+    assert (plain.global_batch_size, plain.precision) == (4096, "fp16")
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"epoch": 3}, UnknownField, "no field 'epoch'"),
+        ({"lr": -1.0}, ConfigError, "lr"),
+        ({"teacher": None, "loss": "clip_kd"}, ConfigError, "loss='clip'"),
+        ({"loss": Choice(("kl", 7))}, ConfigError, "loss"),
+        ({"run": Execution(num_workers=1), "bn_group": 0}, ConfigError, "bn_group"),
+    ],
+)
+def test_bad_recipes_fail_at_construction(
+    fields: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        recipe(**fields)
+
+
+@pytest.mark.parametrize("field", ["student", "teacher", "data", "zero_shot"])
+def test_unknown_roles_name_the_known_ones(field: str) -> None:
+    unknown = recipe(**{field: "vit_t61"})
+    with pytest.raises(UnknownName, match="Known: "):
+        resolve(unknown, MINI) and teacher_of(unknown, MINI)
+
+
+def test_unknown_scale_is_named() -> None:
+    with pytest.raises(UnknownName, match="mini"):
+        scale_named("minni")
+    assert set(SCALES) >= {"paper", "mini"}
+
+
+def test_every_scale_knows_the_papers_roles() -> None:
+    for role in ("clip_b16", "clip_l14", "siglip_so400m", "dfn_b16", "dfn_l14"):
+        assert role in PAPER.teachers
+        assert role in MINI.teachers
+    for role in ("vit_t16", "mobilevit_s", "swin_t", "convnext_t"):
+        assert role in PAPER.students
+        assert role in MINI.students
+
+
+def test_what_changes_numbers_changes_the_key() -> None:
+    base = key(recipe())
+    for fields in ({"lr": 1e-3}, {"seed": 1}, {"loss": "kl"}, {"mode": "paper"}, {"epochs": 64}):
+        assert key(recipe(**fields)) != base, fields
+
+
+def test_what_does_not_change_numbers_leaves_the_key() -> None:
+    assert key(recipe(run=Execution(num_workers=4, log_every=1))) == key(recipe())
+    spec = DataSpec(name="a", urls="/here/*.tar")
+    moved = DataSpec(name="b", urls="/there/*.tar")
+    keys = {
+        content_key("distill", 1, resolve(recipe(data=data), MINI), {data.urls or "": "abc"})
+        for data in (spec, moved)
+    }
+    assert len(keys) == 1
+
+
+def test_the_manifest_enters_the_key() -> None:
+    data = recipe(data=DataSpec(name="a", urls="/here/*.tar"))
+    assert key(data, **{"/here/*.tar": "abc"}) != key(data, **{"/here/*.tar": "abd"})
+
+
+def test_specs_may_stand_where_names_do() -> None:
+    tower = MINI.students["vit_t16"]
+    assert isinstance(tower, TowerSpec)
+    assert key(recipe(student=tower.replace(name="mine"))) == key(recipe())
+
+
+def test_a_callable_enters_by_name_and_source() -> None:
+    described = describe_callable(my_loss)
+    assert described["callable"].endswith("test_core.my_loss")
+    assert key(recipe(loss=my_loss)) != key(recipe())
+    with pytest.raises(ConfigError, match="module level"):
+        key(recipe(loss=lambda *features: 0))
+
+
+def test_storage_writes_whole_files_or_none(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    storage.write(b"one", "a", "b.txt")
+    storage.write(b"two", "a", "b.txt")
+    assert storage.read("a", "b.txt") == b"two"
+    assert storage.names("a") == ["b.txt"]
+    with pytest.raises(StorageError, match="does not exist"):
+        storage.read("a", "c.txt")
+
+
+def test_storage_works_on_other_filesystems() -> None:
+    storage = Storage("memory://runs")
+    stage = StageStore(storage, "distill", "k" * 16)
+    storage.write(b"1", *stage.parts, "checkpoints", "step.pt")
+    stage.finish({"key": stage.key})
+    assert stage.is_done()
+    assert stage.record() == {"key": stage.key}
+    assert storage.names(*stage.parts, "checkpoints") == []
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    stage = StageStore(Storage(str(tmp_path)), "distill", "k" * 16)
+    first = Lease.acquire(stage)
+    assert first is not None
+    with first:
+        assert Lease.acquire(stage) is None
+    assert Lease.acquire(stage) is not None
+
+
+def _leave_a_lease(root: str) -> None:
+    assert Lease.acquire(StageStore(Storage(root), "distill", "k" * 16)) is not None
+
+
+def test_a_dead_writer_is_replaced_at_once(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("fork").Process(
+        target=_leave_a_lease, args=(str(tmp_path),)
+    )
+    process.start()
+    process.join()
+    assert Lease.acquire(StageStore(Storage(str(tmp_path)), "distill", "k" * 16)) is not None
+
+
+def test_a_silent_writer_elsewhere_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage_module, "LEASE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(storage_module, "HEARTBEAT_S", 0.05)
+    stage = StageStore(Storage(str(tmp_path)), "distill", "k" * 16)
+    foreign = {"token": "x", "host": f"not-{socket.gethostname()}", "pid": 1, "beat": 5}
+    stage.storage.write(json.dumps(foreign).encode(), *stage.parts, "LEASE")
+    assert Lease.acquire(stage) is not None
+
+
+def test_the_journal_keeps_the_last_attempt_of_a_step(tmp_path: Path) -> None:
+    stage = StageStore(Storage(str(tmp_path)), "distill", "k" * 16)
+    for attempt, steps in enumerate(((1, 2, 3), (3, 4))):
+        writer = JournalWriter(stage, flush_every=2)
+        for step in steps:
+            writer.append({"step": step, "total": float(attempt)})
+        writer.flush()
+    assert len(JournalReader(stage).new_lines()) == 5
+    assert [(line["step"], line["total"]) for line in read_steps(stage)] == [
+        (1, 0.0),
+        (2, 0.0),
+        (3, 1.0),
+        (4, 1.0),
+    ]
+    reader = JournalReader(stage)
+    assert reader.new_lines()
+    assert reader.new_lines() == []

@@ -1,0 +1,209 @@
+"""A whole study on Ray: trials, MLflow, kills of workers and driver, a second run."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import pair
+
+from kdscale.core.journal import JournalReader, read_steps
+from kdscale.core.storage import StageStore, Storage
+
+pytestmark = pytest.mark.ray
+STEPS, EVERY = 24, 4
+SWEEP = '''
+"""A study small enough to be killed often."""
+from kdscale import DataSpec, Distill, Execution, Sweep, TowerSpec, ZeroShotSpec
+text = {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+vision = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
+def vit(dim):
+    return TowerSpec(
+        name=f"vit {dim}", image_px=32, context_length=8, embed_dim=dim, width=32, patch_px=8,
+        clip_config={"embed_dim": dim, "vision_cfg": vision, "text_cfg": text},
+    )
+data = DataSpec(name="pairs", max_bad_fraction=0.5)
+classes = ZeroShotSpec(
+    name="pairs", data=data, classnames=tuple("abcdefghij"), templates=("a {}",)
+)
+distill = Distill(
+    student=vit(16), teacher=vit(24), loss="clip_kd", data=data, zero_shot=classes,
+    global_batch_size=4, bn_group=4, epochs=2, warmup_steps=2, precision="fp32",
+    run=Execution(num_workers=2, cpus_per_worker=0.5, checkpoint_every=4, log_every=1),
+)
+sweep = Sweep(name="kills", stages=[distill], scale="true_size_cpu")
+if __name__ == "__main__":
+    sweep.main()
+'''
+
+
+class Study:
+    """A sweep file with its own storage."""
+
+    def __init__(self, folder: Path, pattern: str) -> None:
+        self.folder, self.pattern = folder, pattern
+        self.file = folder / "kills.py"
+        self.file.write_text(SWEEP)
+        self.storage = Storage(str(folder / "runs"))
+
+    def start(self) -> subprocess.Popen[str]:
+        command = [sys.executable, str(self.file), "--storage", self.storage.root]
+        return subprocess.Popen(
+            [*command, "--data", self.pattern],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def finish(self) -> str:
+        process = self.start()
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output[-3000:]
+        return output
+
+    @property
+    def stage(self) -> StageStore:
+        (key,) = self.storage.names("stages", "distill")
+        return StageStore(self.storage, "distill", key)
+
+    def wait_for(self, condition: Callable[[StageStore], bool], timeout_s: float = 180) -> None:
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if self.storage.names("stages", "distill") and condition(self.stage):
+                return
+            time.sleep(0.02)
+        raise AssertionError("the study did not get so far")
+
+
+def train_workers(root: str) -> list[int]:
+    """Returns the processes that train for a study."""
+    found: list[int] = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            name = (entry / "cmdline").read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if "RayTrainWorker" in name:
+            found.append(int(entry.name))
+    return found
+
+
+def at_step(step: int) -> Callable[[StageStore], bool]:
+    def reached(stage: StageStore) -> bool:
+        lines = read_steps(stage)
+        return bool(lines) and lines[-1]["step"] >= step
+
+    return reached
+
+
+@pytest.fixture(scope="module")
+def pattern(tmp_path_factory: pytest.TempPathFactory, write_tar: Any) -> str:
+    folder = tmp_path_factory.mktemp("pairs")
+    for number in range(4):
+        parts = [p for i in range(12) for p in pair(f"{number}{i:04d}", 100 * number + i)]
+        write_tar(folder / f"{number:05d}.tar", parts)
+    broken = [("90000.jpg", b"\xff\xd8broken"), ("90000.txt", b"x"), ("90000.json", b"{}")]
+    write_tar(folder / "00004.tar", [*broken, *pair("40001", 401), *pair("40002", 402)])
+    return f"{folder}/{{00000..00004}}.tar"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, pattern: str) -> Study:
+    study = Study(tmp_path_factory.mktemp("whole"), pattern)
+    study.finish()
+    return study
+
+
+def runs_in(study: Study) -> list[Any]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{study.storage.root}/mlflow.db")
+    ids = [e.experiment_id for e in client.search_experiments() if e.name.startswith("kdscale/")]
+    return [(client, run) for run in client.search_runs(ids) if "kdscale.key" in run.data.tags]
+
+
+def assert_same_training(whole: Study, broken: Study) -> None:
+    one, two = read_steps(whole.stage), read_steps(broken.stage)
+    assert [line["step"] for line in two] == list(range(1, STEPS + 1))
+    for name in ("ids", "total", "task", "fd", "icl", "ckd", "zero_shot_top1", "cka_debiased"):
+        assert [line.get(name) for line in one] == [line.get(name) for line in two], name
+    ((client, run),) = runs_in(broken)
+    assert run.info.status == "FINISHED"
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert sorted(metric.step for metric in history) == list(range(1, STEPS + 1))
+
+
+def assert_little_was_repeated(study: Study, kills: int) -> None:
+    lines = JournalReader(study.stage).new_lines()
+    assert len({line["attempt"] for line in lines}) == kills + 1
+    assert STEPS <= len(lines) <= STEPS + kills * EVERY
+
+
+def test_an_undisturbed_study_is_complete(undisturbed: Study) -> None:
+    record = undisturbed.stage.record()
+    assert record["total_steps"] == STEPS
+    assert (
+        record["quarantined"] == {"truncated_jpeg": 1} or sum(record["quarantined"].values()) == 1
+    )
+    assert record["versions"]["torch"]
+    assert (Path(undisturbed.storage.root) / "reports/kills/report.html").stat().st_size > 10_000
+    assert len(runs_in(undisturbed)) == 1
+
+
+def test_a_second_run_runs_nothing(undisturbed: Study) -> None:
+    before = sorted(Path(undisturbed.stage.url()).rglob("*"))
+    output = undisturbed.finish()
+    assert "nothing to run" in output
+    assert sorted(Path(undisturbed.stage.url()).rglob("*")) == before
+
+
+def test_a_killed_worker_costs_at_most_the_steps_since_the_checkpoint(
+    undisturbed: Study, pattern: str, tmp_path: Path
+) -> None:
+    study = Study(tmp_path, pattern)
+    process = study.start()
+    step = random.Random(time.time_ns()).randint(13, 20)  # second epoch, after two checkpoints
+    study.wait_for(at_step(step))
+    victim = random.choice(train_workers(study.storage.root))
+    os.kill(victim, signal.SIGKILL)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-3000:]
+    assert_same_training(undisturbed, study)
+    assert_little_was_repeated(study, kills=1)
+
+
+def test_a_killed_driver_is_continued_by_the_next_run(
+    undisturbed: Study, pattern: str, tmp_path: Path
+) -> None:
+    study = Study(tmp_path, pattern)
+    process = study.start()
+    study.wait_for(at_step(random.Random(time.time_ns()).randint(13, 20)))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not study.stage.is_done()
+    study.finish()
+    assert_same_training(undisturbed, study)
+    assert_little_was_repeated(study, kills=1)
+
+
+def test_plan_and_report_speak_json(undisturbed: Study) -> None:
+    options = ["--storage", undisturbed.storage.root, "--data", undisturbed.pattern, "--json"]
+    program = str(Path(sys.executable).with_name("kdscale"))
+    for command in ("plan", "report"):
+        line = [program, command, str(undisturbed.file), *options]
+        found = subprocess.run(line, capture_output=True, text=True, check=True)
+        document = json.loads(found.stdout)
+        assert document["trials"]
+    assert document["trials"][0]["n"] == 50
