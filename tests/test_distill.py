@@ -22,6 +22,7 @@ CASES = {
         "student": vit(),
         "run": Execution(checkpoint_every=2, log_every=1, micro_batch_size=4),
     },
+    "vit_masked": {"student": vit(), "loss": {"task": 1.0, "mfd": 4.0, "ckd": 1.0, "afd": 1.0}},
     "mobilevit_batchnorm": {"student": timm_tower("mobilevit_xxs", 320)},
     "swin_droppath": {"student": timm_tower("swin_tiny_patch4_window7_224", 768), "drop_path": 0.3},
 }
@@ -55,7 +56,9 @@ def test_two_workers_train_as_one(trained: Path, name: str) -> None:
     alone, both = (read_steps(job_in(trained, size, name).stage) for size in (1, 2))
     assert [line["ids"] for line in alone] == [line["ids"] for line in both]
     for one, two in zip(alone, both, strict=True):
-        for term in ("total", "task", "fd", "icl", "ckd"):
+        terms = {"total", "task", "fd", "mfd", "afd", "icl", "ckd"} & set(one)
+        assert len(terms) >= 4
+        for term in terms:
             assert math.isclose(one[term], two[term], rel_tol=1e-5), (name, one["step"], term)
 
 

@@ -75,6 +75,8 @@ def small_job(root: str, *, total_steps: int = 3, **fields: Any) -> DistillJob:
         recipe=recipe,
         total_steps=total_steps,
         data=Manifest(shards=()),
+        zero_shot_data=None,
+        record={},
     )
 
 

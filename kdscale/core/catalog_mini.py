@@ -9,7 +9,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from kdscale.core.config import DataSpec, Distill, MiniWorld, TowerSpec, ZeroShotSpec
+from kdscale.core.config import (
+    OPENAI_MEAN,
+    OPENAI_STD,
+    DataSpec,
+    Distill,
+    MiniWorld,
+    TowerFacts,
+    TowerSpec,
+    ZeroShotSpec,
+)
 
 BPE_VOCAB = 730
 SP_VOCAB = 125
@@ -88,18 +97,51 @@ def vit(
         embed_dim=embed_dim,
         width=width,
         patch_px=patch,
-        **({"mean": SIGLIP_MEAN, "std": SIGLIP_STD, "resize": "squash"} if siglip else {}),
+        facts=_facts(px, patch, (width, layers), (text_width, text_layers), embed_dim, siglip),
+        mean=SIGLIP_MEAN if siglip else OPENAI_MEAN,
+        std=SIGLIP_STD if siglip else OPENAI_STD,
+        resize="squash" if siglip else "shortest",
     )
 
 
-def hierarchical(name: str, model_name: str, width: int) -> TowerSpec:
+def _facts(
+    px: int,
+    patch: int,
+    image: tuple[int, int],
+    text: tuple[int, int],
+    embed_dim: int,
+    siglip: bool,
+) -> TowerFacts:
+    """Counts parameters and work from the dimensions; biases and gains are left out."""
+    grid, vocab = (px // patch) ** 2, SP_VOCAB if siglip else BPE_VOCAB
+    pixels = 3 * patch * patch * image[0]
+    heads = [width * embed_dim for width, _ in (image, text)]
+    mparams = [12 * width * width * layers / 1e6 for width, layers in (image, text)]
+    context = text_config(text[0], text[1])["context_length"]
+    return TowerFacts(
+        image_mparams=mparams[0] + (pixels + (grid + 2) * image[0] + heads[0]) / 1e6,
+        text_mparams=mparams[1] + ((vocab + context) * text[0] + heads[1]) / 1e6,
+        image_gflop=_gflop(grid + 1, *image) + 2e-9 * (grid * pixels + heads[0]),
+        text_gflop=_gflop(context, *text) + 2e-9 * heads[1],
+    )
+
+
+def _gflop(tokens: int, width: int, layers: int) -> float:
+    """Returns a transformer's forward work: 12 w^2 weights a token, and attention."""
+    return 2e-9 * layers * tokens * (12 * width * width + 2 * tokens * width)
+
+
+def hierarchical(name: str, model_name: str, width: int, mparams: float, gflop: float) -> TowerSpec:
     """Returns a pair whose image tower is a timm trunk and a linear projection.
 
     Args:
         name: What people call it.
         model_name: A model that timm builds.
         width: Width of the trunk's last features.
+        mparams: Measured parameters of the image tower, in millions.
+        gflop: Measured forward work of the image tower.
     """
+    text = _facts(16, 16, (64, 1), (64, 2), 64, siglip=False)
     return TowerSpec(
         name=name,
         clip_config={
@@ -119,6 +161,7 @@ def hierarchical(name: str, model_name: str, width: int) -> TowerSpec:
         context_length=24,
         embed_dim=64,
         width=width,
+        facts=text.replace(image_mparams=mparams, image_gflop=gflop),
     )
 
 
@@ -145,10 +188,10 @@ WEB = world("mini web pairs", 1, 8192, caption_noise=0.2)
 FILTERED = world("mini filtered pairs", 2, 8192)
 WEBLI = world("mini WebLI", 3, 8192, caption_noise=0.1)
 
-SMALL_TEXT = {"text_width": 64, "text_layers": 2}
-LARGE_TEXT = {"text_width": 96, "text_layers": 2}
-BASE = {"px": 48, "patch": 16, "layers": 4, "embed_dim": 64, **SMALL_TEXT}
-LARGE = {"px": 56, "patch": 14, "layers": 4, "embed_dim": 96, **LARGE_TEXT}
+SMALL_TEXT: dict[str, Any] = {"text_width": 64, "text_layers": 2}
+LARGE_TEXT: dict[str, Any] = {"text_width": 96, "text_layers": 2}
+BASE: dict[str, Any] = {"px": 48, "patch": 16, "layers": 4, "embed_dim": 64, **SMALL_TEXT}
+LARGE: dict[str, Any] = {"px": 56, "patch": 14, "layers": 4, "embed_dim": 96, **LARGE_TEXT}
 
 MINI_TEACHERS: dict[str, Distill] = {
     "clip_b16": pretraining(vit("mini CLIP B/16", width=96, **BASE), WEB, epochs=4),
@@ -174,9 +217,9 @@ MINI_TEACHERS: dict[str, Distill] = {
 }
 MINI_STUDENTS: dict[str, TowerSpec] = {
     "vit_t16": vit("mini ViT-T/16", width=64, **BASE | {"layers": 3}),
-    "mobilevit_s": hierarchical("mini MobileViT", "mobilevit_xxs", 320),
-    "swin_t": hierarchical("Swin-T at 64 px", "swin_tiny_patch4_window7_224", 768),
-    "convnext_t": hierarchical("mini ConvNeXt", "test_convnext2", 128),
+    "mobilevit_s": hierarchical("mini MobileViT", "mobilevit_xxs", 320, 0.972, 0.0418),
+    "swin_t": hierarchical("Swin-T at 64 px", "swin_tiny_patch4_window7_224", 768, 27.55, 0.712),
+    "convnext_t": hierarchical("mini ConvNeXt", "test_convnext2", 128, 0.357, 0.0162),
 }
 MINI_DATA: dict[str, DataSpec] = {
     "cc12m": world("mini CC12M", 11, 8192, caption_noise=0.3),

@@ -199,7 +199,7 @@ class Execution(Spec):
     num_workers: int = Field(default=1, gt=0)
     cpus_per_worker: float = Field(default=1.0, ge=0)
     gpus_per_worker: float = Field(default=0.0, ge=0)
-    cpus_per_data_task: float = Field(default=0.25, gt=0)
+    cpus_per_data_task: float = Field(default=1.0, gt=0)
     data_cpus: float = Field(default=1.5, gt=0)
     threads_per_worker: int | None = Field(default=None, gt=0)
     micro_batch_size: int | None = Field(default=None, gt=0)

@@ -75,13 +75,24 @@ MINI = Scale(
     data=dict(catalog_mini.MINI_DATA),
     zero_shot=dict(catalog_mini.MINI_ZERO_SHOT),
     sizes=Sizes(**catalog_mini.MINI_SIZES),
-    run=Execution(num_workers=2, cpus_per_worker=0.5, checkpoint_every=64, log_every=8),
+    run=Execution(
+        num_workers=1,
+        cpus_per_worker=0.5,
+        threads_per_worker=1,
+        checkpoint_every=64,
+        log_every=8,
+    ),
 )
 TRUE_SIZE_CPU = PAPER.replace(
     name="true_size_cpu",
     precision="fp32",
     random_weights=True,
-    run=Execution(num_workers=2, cpus_per_worker=0.5, checkpoint_every=5, log_every=1),
+    run=Execution(
+        num_workers=2,
+        cpus_per_worker=0.5,
+        checkpoint_every=5,
+        log_every=1,
+    ),
 )
 SCALES = {scale.name: scale for scale in (PAPER, MINI, TRUE_SIZE_CPU)}
 

@@ -141,6 +141,12 @@ def train_dataset(config: StreamConfig) -> ray.data.Dataset:
         dataset = dataset.map_batches(finisher, batch_size=rows, **options).repartition(**even)
     else:
         dataset = dataset.repartition(**even).map_batches(finisher, batch_size=rows, **options)
+    _configure(dataset, rows * config.row_bytes)
+    return dataset
+
+
+def _configure(dataset: ray.data.Dataset, block_bytes: int) -> None:
+    """Sets what Ray Data keeps beside the plan: order, block size, silence."""
     context = dataset.context
     context.enable_progress_bars = False
     context.enable_operator_progress_bars = False
@@ -148,9 +154,8 @@ def train_dataset(config: StreamConfig) -> ray.data.Dataset:
     context.raise_original_map_exception = True
     # A finished block that Ray would cut in two no longer goes to one worker; what is read may
     # not be much larger, since a task takes a whole block of it.
-    context.target_max_block_size = max(_MIN_BLOCK_BYTES, rows * config.row_bytes)
+    context.target_max_block_size = max(_MIN_BLOCK_BYTES, block_bytes)
     context.execution_options = execution_options()
-    return dataset
 
 
 def execution_options(

@@ -254,7 +254,7 @@ def draw(world: MiniWorld, index: int) -> Scene:
         label = index % len(HELD_OUT)
         return Scene("single", things=(_single(draws, HELD_OUT[label]),), label=label, **base)
     share = draws.fraction()
-    for kind, weight in KINDS.items():
+    for kind, weight in KINDS.items():  # noqa: B007 - used after the loop
         share -= weight
         if share < 0:
             break
@@ -274,9 +274,7 @@ def _thing(
 ) -> Thing:
     """A thing with its own shade and a slight turn."""
     colour, shape = pair
-    red, green, blue = (
-        min(255, max(0, base + draws.below(37) - 18)) for base in COLOURS[colour]
-    )
+    red, green, blue = (min(255, max(0, base + draws.below(37) - 18)) for base in COLOURS[colour])
     return Thing(
         shape, colour, centre[0], centre[1], radius, draws.between(-0.2, 0.2), (red, green, blue)
     )
@@ -363,7 +361,8 @@ def render(scene: Scene, px: int) -> np.ndarray:
         _paint_thing(canvas, thing)
     grain = draws.octets(px * px * 3).reshape(px, px, 3) % np.uint8(scene.noise)
     cv2.add(canvas, grain, canvas)
-    return cv2.subtract(canvas, (scene.noise // 2,) * 3 + (0,))
+    half = scene.noise // 2
+    return cv2.subtract(canvas, (half, half, half, 0))  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 SHIFT_BITS = 6
@@ -383,7 +382,8 @@ def _paint_thing(canvas: np.ndarray, thing: Thing) -> None:
 
 def _paint_sign(canvas: np.ndarray, scene: Scene) -> None:
     """A panel across the image with a word on it, light on dark or dark on light."""
-    assert scene.word is not None and scene.panel is not None
+    assert scene.word is not None
+    assert scene.panel is not None
     px, panel = canvas.shape[0], COLOURS[scene.panel]
     top, bottom = px // 4, px - px // 4
     cv2.rectangle(canvas, (px // 16, top), (px - 1 - px // 16, bottom), panel, cv2.FILLED)

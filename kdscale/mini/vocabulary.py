@@ -12,6 +12,7 @@ import math
 import string
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def train_merges(texts: Iterable[str]) -> list[tuple[str, str]]:
     while True:
         pairs: Counter[tuple[str, str]] = Counter()
         for word, count in words.items():
-            for pair in zip(word, word[1:], strict=False):
+            for pair in pairwise(word):
                 pairs[pair] += count
         if not pairs:
             return merges
@@ -154,7 +155,13 @@ def unigram_pieces(texts: Iterable[str]) -> list[list[Any]]:
     rare = round(words[-1][1] - 10.0, 4)
     letters = [[letter, rare] for letter in "▁" + string.ascii_lowercase + string.digits]
     known = {piece for piece, _ in words}
-    return [["<pad>", 0.0], [END, 0.0], [UNK, 0.0], *words, *(p for p in letters if p[0] not in known)]
+    return [
+        ["<pad>", 0.0],
+        [END, 0.0],
+        [UNK, 0.0],
+        *words,
+        *(p for p in letters if p[0] not in known),
+    ]
 
 
 def _special(number: int, content: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 
 import torch
+from open_clip.transformer import VisionTransformer
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
@@ -59,6 +60,56 @@ class SampledDropPath(nn.Module):
         return f"drop_prob={self.drop_prob:.3f}"
 
 
+class SampledPatchDropout(nn.Module):
+    """Keeps a fixed share of an image's patch tokens, by draws that are set from outside.
+
+    Stands where open_clip's ViT has its own patch dropout, and does nothing unless `active`.
+
+    Attributes:
+        keep_share: Share of the patches that stay; MFD of CLIP-KD keeps a quarter.
+    """
+
+    LAYER = -1
+
+    def __init__(self, keep_share: float = 0.25) -> None:
+        super().__init__()
+        self.keep_share = keep_share
+        self.active = False
+        self.draws: tuple[int, int, Tensor, int] | None = None
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Returns the class token and the kept patch tokens, in their order."""
+        if not self.active:
+            return x_BTD
+        if self.draws is None:
+            raise MissingInput("no draws for masking; call set_draws before the forward pass")
+        seed, step, rows, global_batch = self.draws
+        num_patches = x_BTD.shape[1] - 1
+        generator = torch.Generator().manual_seed(_stable_seed(seed, step, self.LAYER))
+        uniform = torch.rand(global_batch, num_patches, generator=generator)[rows]
+        num_kept = max(1, round(self.keep_share * num_patches))
+        kept = uniform.topk(num_kept, dim=1).indices.sort(dim=1).values.to(x_BTD.device)
+        index = torch.cat([torch.zeros_like(kept[:, :1]), kept + 1], dim=1)
+        return x_BTD.gather(1, index[..., None].expand(-1, -1, x_BTD.shape[2]))
+
+
+def mask_patches(model: nn.Module) -> SampledPatchDropout:
+    """Gives a CLIP's ViT a patch mask, in place.
+
+    Raises:
+        ConfigError: The image tower is not open_clip's ViT.
+    """
+    visual = getattr(model, "visual", None)
+    if not isinstance(visual, VisionTransformer):
+        raise ConfigError(
+            f"mfd masks the patches of open_clip's ViT, this image tower is "
+            f"{type(visual).__name__}; use fd, or a ViT student"
+        )
+    mask = SampledPatchDropout()
+    visual.patch_dropout = mask
+    return mask
+
+
 def _stable_seed(seed: int, step: int, layer: int) -> int:
     """A seed that is the same in every process and Python version."""
     digest = hashlib.blake2b(f"{seed}:{step}:{layer}".encode(), digest_size=8).digest()
@@ -105,5 +156,5 @@ def set_draws(
     """
     indices = torch.arange(global_batch)[rows.cpu() if isinstance(rows, Tensor) else rows]
     for module in model.modules():
-        if isinstance(module, SampledDropPath):
+        if isinstance(module, SampledDropPath | SampledPatchDropout):
             module.draws = (seed, step, indices, global_batch)

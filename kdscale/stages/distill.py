@@ -29,7 +29,7 @@ from kdscale.data.samples import Batch
 from kdscale.losses.heads import MAX_LOG_SCALE, DistillHeads
 from kdscale.losses.recipes import LossFlags, weights_for
 from kdscale.models.batchnorm import collecting, commit_running_stats, group_batchnorm
-from kdscale.models.droppath import sampled_drop_path, set_draws
+from kdscale.models.droppath import mask_patches, sampled_drop_path, set_draws
 from kdscale.models.towers import build_clip, normalise, save_clip
 from kdscale.stages.evaluate import Evaluator, Scores, Tower
 from kdscale.stages.exchange import gather_rows
@@ -54,13 +54,21 @@ STAGE_WEIGHTS = "stage:"
 class Encoder(nn.Module):
     """Both towers of a student in one forward, so that DDP sees one module."""
 
-    def __init__(self, clip: nn.Module) -> None:
+    def __init__(self, clip: nn.Module, masked: bool = False) -> None:
         super().__init__()
         self.clip = clip
+        self.mask = mask_patches(clip) if masked else None
 
-    def forward(self, pixels_BCHW: Tensor, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns raw image and text features, (B, D) each."""
-        return self.clip.encode_image(pixels_BCHW), self.clip.encode_text(tokens_BT)  # pyright: ignore
+    def forward(self, pixels_BCHW: Tensor, tokens_BT: Tensor) -> tuple[Tensor, ...]:
+        """Returns raw image, text and, for `mfd`, masked image features, (B, D) each."""
+        clip: Any = self.clip
+        features = (clip.encode_image(pixels_BCHW), clip.encode_text(tokens_BT))
+        if self.mask is None:
+            return features
+        self.mask.active = True
+        masked = clip.encode_image(pixels_BCHW)
+        self.mask.active = False
+        return (*features, masked)
 
 
 def load_tower(spec: TowerSpec, storage: Storage, seed: int = 0, **options: Any) -> nn.Module:
@@ -124,7 +132,8 @@ class DistillTask:
         return [model.logit_scale] + ([bias] if isinstance(bias, nn.Parameter) else [])
 
     def _wrap(self) -> nn.Module:
-        encoder = Encoder(self.student.model)
+        masked = "mfd" in self.heads.terms and not self.flags.mfd_noop
+        encoder = Encoder(self.student.model, masked)
         if self.world.size == 1:
             return encoder
         outside = {id(parameter) for parameter in self.scales}
@@ -209,7 +218,9 @@ class DistillTask:
         scale = self.scales[0]
         bias: Any = self.scales[1] if len(self.scales) > 1 else 0.0
 
-        def loss(image_ND: Tensor, text_ND: Tensor) -> dict[str, Tensor]:
+        def loss(
+            image_ND: Tensor, text_ND: Tensor, masked_ND: Tensor | None = None
+        ) -> dict[str, Tensor]:
             return self.heads(
                 image_ND,
                 text_ND,
@@ -218,6 +229,7 @@ class DistillTask:
                 scale.exp(),
                 teacher_scale,
                 logit_bias=bias,
+                masked_student_image=masked_ND,
             )
 
         return loss
@@ -341,6 +353,7 @@ class Run:
                 spec, job.zero_shot_data, world, job.recipe.precision or "fp32"
             )
         self.scores: Scores | None = None
+        self.started = time.time()
 
     def train(self, batches: Callable[[int], Iterator[Batch]]) -> None:
         """Trains from the latest checkpoint to the end and writes the stage's output.
@@ -394,11 +407,17 @@ class Run:
         self.report({"step": line["step"], "loss": line["total"]})
 
     def _finish(self) -> None:
-        """Writes the student in hub layout, and its predictions."""
+        """Writes the student in hub layout and its predictions, and marks the stage done."""
         if self.evaluator is not None and self.scores is None:
             self.scores = self.evaluator.run(self.task.student, self.task.teacher)
-        if not self.world.is_first:
-            return
+        if self.world.is_first:
+            self._write_output()
+            seconds = round(time.time() - self.started, 1)
+            self.job.stage.finish(self.job.record | {"seconds": seconds})
+        self.world.wait()
+
+    def _write_output(self) -> None:
+        """Writes model, predictions and metrics below `output/`."""
         storage, parts = self.job.stage.storage, (*self.job.stage.parts, "output")
         with tempfile.TemporaryDirectory() as directory:
             save_clip(self.task.student.model, self.task.student.spec, directory)

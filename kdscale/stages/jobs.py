@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from kdscale.core.config import Distill
 from kdscale.core.storage import StageStore, Storage
@@ -21,6 +22,7 @@ class DistillJob:
         total_steps: Optimizer steps.
         data: Manifest of the training data.
         zero_shot_data: Manifest of the benchmark's images.
+        record: What `stage.json` will say.
     """
 
     kind: str
@@ -29,7 +31,8 @@ class DistillJob:
     recipe: Distill
     total_steps: int
     data: Manifest
-    zero_shot_data: Manifest | None = None
+    zero_shot_data: Manifest | None
+    record: dict[str, Any]
 
     @property
     def stage(self) -> StageStore:

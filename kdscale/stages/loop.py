@@ -42,6 +42,11 @@ class World:
         """Whether this worker writes what is written once."""
         return self.rank == 0
 
+    def wait(self) -> None:
+        """Returns when every worker has come here."""
+        if self.size > 1:
+            dist.barrier()
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Returns the sum of a tensor over all workers."""
         if self.size > 1:

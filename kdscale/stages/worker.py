@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,42 +16,41 @@ import torch
 
 from kdscale.core.checkpoints import Checkpoints
 from kdscale.core.config import Execution, TowerSpec
-from kdscale.core.types import StageFailed
+from kdscale.core.types import CheckpointError, StageFailed
 from kdscale.data.samples import Batch, Crop
 from kdscale.data.stream import StreamConfig, TrainStream, data_config, train_dataset
 from kdscale.models.preprocess import tokenizer
 from kdscale.stages.jobs import DistillJob
 
-DATASET = "train"
 HEALTH_CHECK_INTERVAL_S = "0.2"
 
 
-def fit(job: DistillJob, stream: StreamConfig, scratch: str | None = None) -> None:
-    """Runs a stage on Ray Train until its output is written.
+def fit(jobs: Sequence[DistillJob], scratch: str | None = None) -> None:
+    """Runs stages one after the other in one group of workers, each until it is finished.
 
-    The stream is made anew whenever a worker group starts, from the newest checkpoint's step;
-    a killed worker therefore costs at most `checkpoint_every` steps.
+    Starting processes costs more than a short stage, so a trial's stages share them. A stream is
+    made anew whenever a worker group starts, from the newest checkpoint's step; a killed worker
+    therefore costs at most `checkpoint_every` steps.
 
     Args:
-        job: What the workers do.
-        stream: The stream from step 0.
+        jobs: What the workers do, in order; all with the first one's execution.
         scratch: Directory for Ray Train's own bookkeeping, which nothing depends on.
 
     Raises:
         StageFailed: If the workers failed more often than `Execution.max_failures` allows.
     """
-    run = job.recipe.run
+    run = jobs[0].recipe.run
     assert run is not None
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", HEALTH_CHECK_INTERVAL_S)
     with tempfile.TemporaryDirectory() as temporary:
         trainer = ray.train.torch.TorchTrainer(
             _work,
-            train_loop_config={"job": job, "stream": stream},
+            train_loop_config={"jobs": list(jobs)},
             scaling_config=_scaling(run),
-            datasets={DATASET: _dataset_from_cursor(job, stream)},
+            datasets={job.key: _dataset_from_cursor(job) for job in jobs},
             dataset_config=data_config(run.data_cpus),
             run_config=ray.train.RunConfig(
-                name=job.key,
+                name=jobs[-1].key,
                 storage_path=scratch or temporary,
                 failure_config=ray.train.FailureConfig(max_failures=run.max_failures),
             ),
@@ -58,7 +58,8 @@ def fit(job: DistillJob, stream: StreamConfig, scratch: str | None = None) -> No
         try:
             trainer.fit()
         except Exception as error:
-            raise StageFailed(f"{job.kind} {job.key} failed: {_root_cause(error)}") from error
+            names = " and ".join(f"{job.kind} {job.key}" for job in jobs)
+            raise StageFailed(f"{names} failed: {_root_cause(error)}") from error
 
 
 def stream_config(job: DistillJob) -> StreamConfig:
@@ -93,36 +94,66 @@ def _scaling(run: Execution) -> ray.train.ScalingConfig:
     )
 
 
-def _dataset_from_cursor(job: DistillJob, stream: StreamConfig) -> Callable[[], Any]:
+def _dataset_from_cursor(job: DistillJob) -> Callable[[], Any]:
     """Returns a function that makes the stream from the newest checkpoint on."""
 
     def make() -> Any:
         start = Checkpoints(job.stage, keep=1).latest_step()
-        return train_dataset(replace(stream, start_step=start))
+        # A stage that has all its steps reads no stream, but Ray wants one to exist.
+        return train_dataset(
+            replace(stream_config(job), start_step=min(start, job.total_steps - 1))
+        )
 
     return make
 
 
 def _work(config: dict[str, Any]) -> None:
     """Runs on every worker, the only process that needs the model libraries."""
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    jobs = [job for job in config["jobs"] if not job.stage.is_done()]
+    # The first stream starts its processes while this one imports the model libraries.
+    first = _Started(jobs[0], rank) if jobs else None
     from kdscale.stages.distill import Run
     from kdscale.stages.loop import World
 
-    job: DistillJob = config["job"]
-    stream: StreamConfig = config["stream"]
-    context = ray.train.get_context()
-    device = ray.train.torch.get_device()
-    world = World(
-        rank=context.get_world_rank(), size=context.get_world_size(), device=_single(device)
-    )
-    if job.recipe.run is not None and job.recipe.run.threads_per_worker is not None:
-        torch.set_num_threads(job.recipe.run.threads_per_worker)
+    device = _single(ray.train.torch.get_device())
+    world = World(rank=rank, size=context.get_world_size(), device=device)
+    for job in jobs:
+        if job.recipe.run is not None and job.recipe.run.threads_per_worker is not None:
+            torch.set_num_threads(job.recipe.run.threads_per_worker)
+        stream = first if first is not None and first.job is job else _Started(job, rank)
+        Run(job, world, lambda metrics: ray.train.report(metrics)).train(stream.batches)
 
-    def batches(start: int) -> Iterator[Batch]:
-        shard = ray.train.get_dataset_shard(DATASET)
-        return iter(TrainStream(shard, replace(stream, start_step=start), world.rank))
 
-    Run(job, world, lambda metrics: ray.train.report(metrics)).train(batches)
+class _Started:
+    """A worker's stream of one stage, already on its way to the first batch."""
+
+    def __init__(self, job: DistillJob, rank: int) -> None:
+        self.job, self._start = job, Checkpoints(job.stage, keep=1).latest_step()
+        self._batches: Iterator[Batch] = iter(())
+        self._first: Future[Batch | None] | None = None
+        if self._start < job.total_steps:
+            shard = ray.train.get_dataset_shard(job.key)
+            config = replace(stream_config(job), start_step=self._start)
+            self._batches = iter(TrainStream(shard, config, rank))
+            self._first = ThreadPoolExecutor(1).submit(next, self._batches, None)
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """Yields the batches, which begin where the newest checkpoint ends.
+
+        Raises:
+            CheckpointError: If the run resumes from another step.
+        """
+        if start != self._start or self._first is None:
+            raise CheckpointError(
+                f"the stream of {self.job.key} begins at step {self._start}, the run at {start}: "
+                "another process has written a checkpoint meanwhile"
+            )
+        batch = self._first.result()
+        if batch is not None:
+            yield batch
+            yield from self._batches
 
 
 def _single(device: Any) -> torch.device:

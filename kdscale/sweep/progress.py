@@ -92,7 +92,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(
         f"to run: {cost['stages_to_run']} of {cost['stages_total']} stages, "
         f"{cost['flops'] / 1e15:,.3g} PFLOP, {cost['gpu_hours']:,.3g} GPU-hours at "
-        f"{cost['effective_tflops']:g} TFLOP/s, {cost['bytes_out'] / 1e6:,.0f} MB of models"
+        f"{cost['effective_tflops']:g} TFLOP/s, {cost['bytes_out'] / 1e6:,.3g} MB of models"
     )
     for text in sorted(set(plan.missing)):
         console.print(f"[yellow]missing:[/] {text}")

@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -26,6 +27,7 @@ from kdscale.core.keys import describe
 from kdscale.core.storage import Lease, Storage
 from kdscale.core.types import ImpossibleResources, StageFailed
 from kdscale.stages.inputs import find_source
+from kdscale.stages.jobs import DistillJob
 from kdscale.sweep.plan import Plan, PlannedTrial, Stage, total_steps
 
 TRIAL = {"memory": 1.0}  # Tune wants a resource; a trial only waits for its workers
@@ -108,7 +110,7 @@ def run_plan(plan: Plan) -> list[TrialFailure]:
     Raises:
         ImpossibleResources: Before anything starts.
     """
-    waiting = [trial for trial in plan.trials if not plan.stages[trial.key].reused]
+    waiting = waiting_trials(plan)
     if not waiting:
         return []
     start_ray()
@@ -130,6 +132,22 @@ def run_plan(plan: Plan) -> list[TrialFailure]:
     return _failures(waiting, results)
 
 
+def waiting_trials(plan: Plan) -> list[PlannedTrial]:
+    """Returns the unfinished trials, those first whose stages no earlier one needs.
+
+    Two trials with one unfinished teacher would otherwise run side by side, the second waiting.
+    """
+    waiting = [trial for trial in plan.trials if not plan.stages[trial.key].reused]
+    seen: dict[str, int] = {}
+
+    def rank(trial: PlannedTrial) -> int:
+        first = next(key for key in trial.path if not plan.stages[key].reused)
+        seen[first] = seen.get(first, 0) + 1
+        return seen[first]
+
+    return sorted(waiting, key=rank)
+
+
 def _failures(trials: Sequence[PlannedTrial], results: Any) -> list[TrialFailure]:
     """Collects the errors of trials."""
     return [
@@ -147,67 +165,65 @@ def _last_line(error: BaseException) -> str:
 
 def _run_trial(config: dict[str, Any], plan: Plan) -> dict[str, Any]:
     """Walks a trial's path; runs on a Tune actor that takes no resources itself."""
-    waiting = [trial for trial in plan.trials if not plan.stages[trial.key].reused]
-    trial = waiting[config["trial"]]
-    for key in trial.path:
-        run_stage(plan.stages[key], plan.storage)
+    trial = waiting_trials(plan)[config["trial"]]
+    run_stages([plan.stages[key] for key in trial.path], plan.storage)
     return {"key": trial.key}
 
 
-def run_stage(stage: Stage, storage: Storage) -> None:
-    """Runs a stage unless it is finished; waits while another writer runs it.
+def run_stages(path: Sequence[Stage], storage: Storage) -> None:
+    """Runs what is unfinished of a path, in one group of workers; waits for other writers.
 
     Raises:
-        StageFailed: If its workers failed.
+        StageFailed: If the workers failed.
     """
-    store = stage.store(storage)
-    while not store.is_done():
-        lease = Lease.acquire(store)
-        if lease is None:
-            time.sleep(WAIT_FOR_WRITER_S)
-            continue
-        with lease:
-            if not store.is_done():
-                record = _execute(stage, storage)
-                lease.check()
-                store.finish(record)
+    from kdscale.stages.worker import fit
+
+    while True:
+        pending = [stage for stage in path if not stage.store(storage).is_done()]
+        if not pending:
+            return
+        with ExitStack() as leases:
+            held = [Lease.acquire(stage.store(storage)) for stage in pending]
+            for lease in held:
+                if lease is not None:
+                    leases.enter_context(lease)
+            if all(held):
+                fit([_job(stage, storage) for stage in pending])
+                continue
+        time.sleep(WAIT_FOR_WRITER_S)
 
 
-def _execute(stage: Stage, storage: Storage) -> dict[str, Any]:
-    """Runs the workers and returns what `stage.json` says."""
-    from kdscale.stages.jobs import DistillJob
-    from kdscale.stages.worker import fit, stream_config
-
-    recipe, started = stage.recipe, time.time()
+def _job(stage: Stage, storage: Storage) -> DistillJob:
+    """Returns what the workers are told."""
+    recipe = stage.recipe
     data = find_source(recipe.data, storage).manifest()  # pyright: ignore[reportArgumentType]
     zero_shot: Any = recipe.zero_shot
-    job = DistillJob(
-        kind=stage.kind,
-        key=stage.key,
-        storage_root=storage.root,
-        recipe=recipe,
-        total_steps=total_steps(recipe, data.num_samples),
-        data=data,
-        zero_shot_data=None
-        if zero_shot is None
-        else find_source(zero_shot.data, storage, labelled=True).manifest(),
-    )
-    fit(job, stream_config(job))
-    return {
+    benchmark = zero_shot and find_source(zero_shot.data, storage, labelled=True).manifest()
+    steps = total_steps(recipe, data.num_samples)
+    record = {
         "kind": stage.kind,
         "key": stage.key,
         "name": stage.name,
         "inputs": list(stage.inputs),
         "recipe": describe(recipe, {}),
         "teacher": recipe.teacher.name if isinstance(recipe.teacher, TowerSpec) else None,
-        "total_steps": job.total_steps,
+        "total_steps": steps,
         "manifest": data.hash,
         "quarantined": data.causes(),
         "versions": {name: version(name) for name in ("torch", "ray", "open_clip_torch", "timm")}
         | {"kdscale": kdscale.__version__},
         "git": git_revision(),
-        "seconds": round(time.time() - started, 1),
     }
+    return DistillJob(
+        kind=stage.kind,
+        key=stage.key,
+        storage_root=storage.root,
+        recipe=recipe,
+        total_steps=steps,
+        data=data,
+        zero_shot_data=benchmark,
+        record=record,
+    )
 
 
 def git_revision() -> str | None:
