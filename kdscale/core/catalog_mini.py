@@ -216,7 +216,7 @@ MINI_TEACHERS: dict[str, Distill] = {
     "dfn_l14": pretraining(vit("mini DFN L/14", width=144, **LARGE), FILTERED, epochs=5),
 }
 MINI_STUDENTS: dict[str, TowerSpec] = {
-    "vit_t16": vit("mini ViT-T/16", width=64, **BASE | {"layers": 3}),
+    "vit_t16": vit("mini ViT-T/16", width=64, **{**BASE, "layers": 3}),
     "mobilevit_s": hierarchical("mini MobileViT", "mobilevit_xxs", 320, 0.972, 0.0418),
     "swin_t": hierarchical("Swin-T at 64 px", "swin_tiny_patch4_window7_224", 768, 27.55, 0.712),
     "convnext_t": hierarchical("mini ConvNeXt", "test_convnext2", 128, 0.357, 0.0162),

@@ -189,14 +189,15 @@ class Execution(Spec):
     """How a stage is run: nothing here changes a number beyond rounding.
 
     Attributes:
-        num_workers: Training processes.
+        num_workers: Training processes; 0 trains in the trial's own process (Ray Train's local
+            mode), which saves a laptop the minute that a group of workers takes to start.
         data_cpus: What all reading and decoding tasks of the stage may use together.
         micro_batch_size: Samples per forward pass of one worker; None means all of its share.
         checkpoint_every: Optimizer steps between checkpoints (and evaluations).
         log_every: Steps between two flushes of the journal.
     """
 
-    num_workers: int = Field(default=1, gt=0)
+    num_workers: int = Field(default=1, ge=0)
     cpus_per_worker: float = Field(default=1.0, ge=0)
     gpus_per_worker: float = Field(default=0.0, ge=0)
     cpus_per_data_task: float = Field(default=1.0, gt=0)
@@ -207,6 +208,11 @@ class Execution(Spec):
     keep_checkpoints: int = Field(default=2, gt=0)
     log_every: int = Field(default=50, gt=0)
     max_failures: int = Field(default=3, ge=-1)
+
+    @property
+    def world_size(self) -> int:
+        """Processes that share a global batch."""
+        return max(1, self.num_workers)
 
 
 class Recipe(Spec):

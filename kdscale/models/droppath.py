@@ -106,7 +106,7 @@ def mask_patches(model: nn.Module) -> SampledPatchDropout:
             f"{type(visual).__name__}; use fd, or a ViT student"
         )
     mask = SampledPatchDropout()
-    visual.patch_dropout = mask
+    visual.patch_dropout = mask  # pyright: ignore[reportAttributeAccessIssue]
     return mask
 
 

@@ -18,7 +18,12 @@ from kdscale.core.checkpoints import Checkpoints
 from kdscale.core.config import Execution, TowerSpec
 from kdscale.core.types import CheckpointError, StageFailed
 from kdscale.data.samples import Batch, Crop
-from kdscale.data.stream import StreamConfig, TrainStream, data_config, train_dataset
+from kdscale.data.stream import (
+    StreamConfig,
+    TrainStream,
+    data_config,
+    train_dataset,
+)
 from kdscale.models.preprocess import tokenizer
 from kdscale.stages.jobs import DistillJob
 
@@ -74,7 +79,7 @@ def stream_config(job: DistillJob) -> StreamConfig:
         epochs=recipe.epochs,
         total_steps=job.total_steps,
         seed=recipe.seed,
-        num_workers=recipe.run.num_workers,
+        num_workers=recipe.run.world_size,
         crop=Crop(seed=recipe.crop_seed, scale=recipe.crop_scale),
         views=recipe.views,
         tokenizers={tower.tokens_name: partial(tokenizer, tower) for tower in towers},

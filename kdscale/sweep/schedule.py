@@ -30,8 +30,8 @@ from kdscale.stages.inputs import find_source
 from kdscale.stages.jobs import DistillJob
 from kdscale.sweep.plan import Plan, PlannedTrial, Stage, total_steps
 
-TRIAL = {"memory": 1.0}  # Tune wants a resource; a trial only waits for its workers
 WAIT_FOR_WRITER_S = 1.0
+TRIAL_RETRIES = 1  # for a killed trial process; failed workers are Ray Train's to restart
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -74,10 +74,22 @@ def local_cpus() -> int:
 
 def demand(run: Execution) -> dict[str, float]:
     """Returns what one running stage needs at once: its workers and the tasks that feed them."""
-    need = {"CPU": run.num_workers * run.cpus_per_worker + run.data_cpus}
+    need = {"CPU": run.world_size * run.cpus_per_worker + run.data_cpus}
     if run.gpus_per_worker:
-        need["GPU"] = run.num_workers * run.gpus_per_worker
+        need["GPU"] = run.world_size * run.gpus_per_worker
     return need
+
+
+def trial_resources(stages: Sequence[Stage]) -> dict[str, float]:
+    """Returns what a trial's own process takes: nothing, unless it trains itself."""
+    own = [
+        s.recipe.run for s in stages if s.recipe.run is not None and s.recipe.run.num_workers == 0
+    ]
+    if not own:
+        return {"memory": 1.0}  # Tune wants a resource; the trial only waits for its workers
+    resources = {"CPU": max(run.cpus_per_worker for run in own)}
+    gpus = max(run.gpus_per_worker for run in own)
+    return resources | ({"GPU": gpus} if gpus else {})
 
 
 def concurrent_trials(stages: Sequence[Stage], available: Mapping[str, float]) -> int:
@@ -115,7 +127,9 @@ def run_plan(plan: Plan) -> list[TrialFailure]:
         return []
     start_ray()
     concurrency = concurrent_trials(plan.remaining(), ray.cluster_resources())
-    trainable = ray.tune.with_resources(ray.tune.with_parameters(_run_trial, plan=plan), TRIAL)
+    trainable = ray.tune.with_resources(
+        ray.tune.with_parameters(_run_trial, plan=plan), trial_resources(plan.remaining())
+    )
     with tempfile.TemporaryDirectory() as scratch:
         tuner = ray.tune.Tuner(
             trainable,
@@ -126,7 +140,12 @@ def run_plan(plan: Plan) -> list[TrialFailure]:
                 trial_name_creator=lambda trial: waiting[trial.config["trial"]].key,
                 trial_dirname_creator=lambda trial: waiting[trial.config["trial"]].key,
             ),
-            run_config=ray.tune.RunConfig(name="trials", storage_path=scratch, verbose=0),
+            run_config=ray.tune.RunConfig(
+                name="trials",
+                storage_path=scratch,
+                verbose=0,
+                failure_config=ray.tune.FailureConfig(max_failures=TRIAL_RETRIES),
+            ),
         )
         results = tuner.fit()
     return _failures(waiting, results)

@@ -57,6 +57,7 @@ class Tracker:
     def __init__(self, uri: str, sweep: str, plan: Plan) -> None:
         from mlflow import MlflowClient
 
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
         self._client = MlflowClient(tracking_uri=uri)
         self.sweep, self._plan = sweep, plan
         self._experiment = self._find_experiment(uri)
