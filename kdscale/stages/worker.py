@@ -50,7 +50,7 @@ def fit(jobs: Sequence[DistillJob], scratch: str | None = None) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         trainer = ray.train.torch.TorchTrainer(
             _work,
-            train_loop_config={"jobs": list(jobs)},
+            train_loop_config={"jobs": list(jobs), "in_group": run.num_workers > 0},
             scaling_config=_scaling(run),
             datasets={job.key: _dataset_from_cursor(job) for job in jobs},
             dataset_config=data_config(run.data_cpus),
@@ -105,30 +105,44 @@ def _dataset_from_cursor(job: DistillJob) -> Callable[[], Any]:
     def make() -> Any:
         start = Checkpoints(job.stage, keep=1).latest_step()
         # A stage that has all its steps reads no stream, but Ray wants one to exist.
-        return train_dataset(
-            replace(stream_config(job), start_step=min(start, job.total_steps - 1))
-        )
+        config = replace(stream_config(job), start_step=min(start, job.total_steps - 1))
+        dataset = train_dataset(config)
+        # Local mode has no DataConfig, so the dataset carries its own budget.
+        assert job.recipe.run is not None
+        dataset.context.execution_options = execution_options(job.recipe.run.data_cpus)
+        return dataset
 
     return make
 
 
 def _work(config: dict[str, Any]) -> None:
     """Runs on every worker, the only process that needs the model libraries."""
-    context = ray.train.get_context()
-    rank = context.get_world_rank()
+    rank, size, device, report = _place(config["in_group"])
     jobs = [job for job in config["jobs"] if not job.stage.is_done()]
     # The first stream starts its processes while this one imports the model libraries.
     first = _Started(jobs[0], rank) if jobs else None
     from kdscale.stages.distill import Run
     from kdscale.stages.loop import World
 
-    device = _single(ray.train.torch.get_device())
-    world = World(rank=rank, size=context.get_world_size(), device=device)
+    world = World(rank=rank, size=size, device=device)
     for job in jobs:
         if job.recipe.run is not None and job.recipe.run.threads_per_worker is not None:
             torch.set_num_threads(job.recipe.run.threads_per_worker)
         stream = first if first is not None and first.job is job else _Started(job, rank)
-        Run(job, world, lambda metrics: ray.train.report(metrics)).train(stream.batches)
+        Run(job, world, report).train(stream.batches)
+
+
+def _place(in_group: bool) -> tuple[int, int, torch.device, Callable[[dict[str, float]], None]]:
+    """Returns rank, world size, device and where to report.
+
+    In local mode, inside a Tune trial, Ray refuses its context functions; nothing is lost, since
+    there is one process and progress goes through the journal.
+    """
+    if not in_group:
+        return 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), lambda _: None
+    context = ray.train.get_context()
+    device = _single(ray.train.torch.get_device())
+    return context.get_world_rank(), context.get_world_size(), device, ray.train.report
 
 
 class _Started:
