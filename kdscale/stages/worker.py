@@ -22,6 +22,7 @@ from kdscale.data.stream import (
     StreamConfig,
     TrainStream,
     data_config,
+    execution_options,
     train_dataset,
 )
 from kdscale.models.preprocess import tokenizer

@@ -8,6 +8,7 @@ skips what is finished and resumes what is not.
 # (Ray carries too few types for strict checking)
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import tempfile
@@ -56,6 +57,7 @@ def start_ray() -> None:
         return
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are ours to tell
     address = os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     if address is None:
