@@ -12,9 +12,10 @@ from worlds import small_job, spawn, synthetic, timm_tower, vit
 from kdscale.core.config import Execution
 from kdscale.core.journal import JournalReader, read_steps
 from kdscale.core.types import ConfigError, PrecisionError
-from kdscale.stages.distill import DistillTask, Run
+from kdscale.stages.distill import DistillTask
 from kdscale.stages.jobs import DistillJob
 from kdscale.stages.loop import World, learning_rate, micro_batches
+from kdscale.stages.run import Run
 
 CASES = {
     "vit": {"student": vit()},

@@ -115,7 +115,7 @@ def spawn(function: Callable[..., None], world_size: int, *args: Any) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    multiprocessing.set_forkserver_preload(["kdscale.stages.distill"])
+    multiprocessing.set_forkserver_preload(["kdscale.stages.run"])
     start = {"nprocs": world_size, "start_method": "forkserver"}
     mp.start_processes(_enter, (world_size, port, function, args), **start)  # pyright: ignore
 

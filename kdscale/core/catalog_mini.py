@@ -191,6 +191,7 @@ WEBLI = world("mini WebLI", 3, 8192, caption_noise=0.1)
 SMALL_TEXT: dict[str, Any] = {"text_width": 64, "text_layers": 2}
 LARGE_TEXT: dict[str, Any] = {"text_width": 96, "text_layers": 2}
 BASE: dict[str, Any] = {"px": 48, "patch": 16, "layers": 4, "embed_dim": 64, **SMALL_TEXT}
+TINY: dict[str, Any] = {**BASE, "layers": 3}
 LARGE: dict[str, Any] = {"px": 56, "patch": 14, "layers": 4, "embed_dim": 96, **LARGE_TEXT}
 
 MINI_TEACHERS: dict[str, Distill] = {
@@ -216,7 +217,7 @@ MINI_TEACHERS: dict[str, Distill] = {
     "dfn_l14": pretraining(vit("mini DFN L/14", width=144, **LARGE), FILTERED, epochs=5),
 }
 MINI_STUDENTS: dict[str, TowerSpec] = {
-    "vit_t16": vit("mini ViT-T/16", width=64, **{**BASE, "layers": 3}),
+    "vit_t16": vit("mini ViT-T/16", width=64, **TINY),
     "mobilevit_s": hierarchical("mini MobileViT", "mobilevit_xxs", 320, 0.972, 0.0418),
     "swin_t": hierarchical("Swin-T at 64 px", "swin_tiny_patch4_window7_224", 768, 27.55, 0.712),
     "convnext_t": hierarchical("mini ConvNeXt", "test_convnext2", 128, 0.357, 0.0162),
@@ -242,7 +243,7 @@ MINI_ZERO_SHOT: dict[str, ZeroShotSpec] = {
 # What a recipe at the paper's sizes (32 epochs, batch 4096, 2000 warm-up steps, lr 5e-4) becomes.
 MINI_SIZES: dict[str, Any] = {
     "batch_divisor": 32,
-    "epoch_divisor": 16,
+    "epoch_divisor": 32,
     "warmup_divisor": 100,
     "lr_factor": 4.0,
 }

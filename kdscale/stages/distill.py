@@ -7,31 +7,24 @@ no teacher. Shape suffixes: B rows of one worker, H W image sides, D width, T to
 from __future__ import annotations
 
 import io
-import math
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
-from kdscale.core.checkpoints import Checkpoints
 from kdscale.core.config import TowerSpec
-from kdscale.core.journal import JournalWriter
 from kdscale.core.storage import Storage
-from kdscale.core.types import CheckpointError, ConfigError, TrainingDiverged
+from kdscale.core.types import CheckpointError, ConfigError
 from kdscale.data.samples import Batch
 from kdscale.losses.heads import MAX_LOG_SCALE, DistillHeads
 from kdscale.losses.recipes import LossFlags, weights_for
 from kdscale.models.batchnorm import collecting, commit_running_stats, group_batchnorm
 from kdscale.models.droppath import mask_patches, sampled_drop_path, set_draws
-from kdscale.models.towers import build_clip, normalise, save_clip
-from kdscale.stages.evaluate import Evaluator, Scores, Tower
+from kdscale.models.towers import build_clip, normalise
+from kdscale.stages.evaluate import Tower
 from kdscale.stages.exchange import gather_rows
 from kdscale.stages.jobs import DistillJob
 from kdscale.stages.loop import (
@@ -41,7 +34,6 @@ from kdscale.stages.loop import (
     autocast,
     average_gradients,
     backward_step,
-    batch_digest,
     check_precision,
     learning_rate,
     micro_batches,
@@ -294,143 +286,3 @@ class DistillTask:
 def _bare(module: nn.Module) -> nn.Module:
     """Returns the module under DDP."""
     return module.module if isinstance(module, DistributedDataParallel) else module
-
-
-class Meter:
-    """Tells how fast the steps go and how long they wait for data."""
-
-    def __init__(self) -> None:
-        self._started = time.perf_counter()
-        self._waited_s = 0.0
-
-    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Passes batches on and notes the time that each one took to come."""
-        while True:
-            asked = time.perf_counter()
-            batch = next(batches, None)
-            self._waited_s += time.perf_counter() - asked
-            if batch is None:
-                return
-            yield batch
-
-    def read(self, global_batch_size: int) -> dict[str, float]:
-        """Returns samples/s and data_wait of the step that just ended."""
-        elapsed = time.perf_counter() - self._started
-        speed = {
-            "samples_per_s": global_batch_size / elapsed,
-            "data_wait": min(1.0, self._waited_s / elapsed),
-        }
-        self.restart()
-        return speed
-
-    def restart(self) -> None:
-        """Leaves what happened since the last step out of account."""
-        self._started, self._waited_s = time.perf_counter(), 0.0
-
-
-class Run:
-    """One attempt at the stage on one worker: resume, step, log, evaluate, checkpoint.
-
-    Args:
-        job: What to do.
-        world: This worker.
-        report: Called on every worker at every checkpoint with its metrics.
-    """
-
-    def __init__(
-        self, job: DistillJob, world: World, report: Callable[[dict[str, float]], None]
-    ) -> None:
-        assert job.recipe.run is not None
-        self.job, self.world, self.report = job, world, report
-        self.task = DistillTask(job, world)
-        self.execution = job.recipe.run
-        self.checkpoints = Checkpoints(job.stage, self.execution.keep_checkpoints)
-        self.journal = JournalWriter(job.stage, self.execution.log_every)
-        self.evaluator = None
-        if job.zero_shot_data is not None:
-            spec: Any = job.recipe.zero_shot
-            self.evaluator = Evaluator(
-                spec, job.zero_shot_data, world, job.recipe.precision or "fp32"
-            )
-        self.scores: Scores | None = None
-        self.started = time.time()
-
-    def train(self, batches: Callable[[int], Iterator[Batch]]) -> None:
-        """Trains from the latest checkpoint to the end and writes the stage's output.
-
-        Args:
-            batches: Maps the first step to this worker's share of the batches from there on.
-
-        Raises:
-            TrainingDiverged: If the loss stops being finite.
-        """
-        start = self.checkpoints.latest_step()
-        if start:
-            self.task.load_state(self.checkpoints.load(start))
-        meter = Meter()
-        remaining = batches(start) if start < self.job.total_steps else iter(())
-        for batch in meter.timed(remaining):
-            line = self._step(batch) | meter.read(self.job.recipe.global_batch_size)
-            step = line["step"]
-            if step % self.execution.checkpoint_every == 0 or step == self.job.total_steps:
-                self._checkpoint(line)
-                meter.restart()
-            elif self.world.is_first:
-                self.journal.append(line)
-        self.checkpoints.wait()
-        self._finish()
-
-    def _step(self, batch: Batch) -> dict[str, Any]:
-        """Does one optimizer step and returns its line of the journal."""
-        terms = self.task.step(batch)
-        line: dict[str, Any] = {
-            "step": batch.step + 1,
-            "epoch": batch.epoch,
-            "ids": batch_digest(batch.rows.tolist(), batch.keys, self.world),
-        }
-        line |= {name: float(value) for name, value in terms.items()}
-        if not math.isfinite(line["total"]):
-            raise TrainingDiverged(
-                f"the loss is {line['total']} at step {line['step']}; lower lr or a loss weight"
-            )
-        return line
-
-    def _checkpoint(self, line: dict[str, Any]) -> None:
-        """Evaluates, writes the journal and then the checkpoint, in this order."""
-        if self.evaluator is not None:
-            self.scores = self.evaluator.run(self.task.student, self.task.teacher)
-            line |= self.scores.metrics
-        if self.world.is_first:
-            self.journal.append(line)
-            self.journal.flush()
-            self.checkpoints.save(line["step"], self.task.state(line["step"]))
-        self.report({"step": line["step"], "loss": line["total"]})
-
-    def _finish(self) -> None:
-        """Writes the student in hub layout and its predictions, and marks the stage done."""
-        if self.evaluator is not None and self.scores is None:
-            self.scores = self.evaluator.run(self.task.student, self.task.teacher)
-        if self.world.is_first:
-            self._write_output()
-            seconds = round(time.time() - self.started, 1)
-            self.job.stage.finish(self.job.record | {"seconds": seconds})
-        self.world.wait()
-
-    def _write_output(self) -> None:
-        """Writes model, predictions and metrics below `output/`."""
-        storage, parts = self.job.stage.storage, (*self.job.stage.parts, "output")
-        with tempfile.TemporaryDirectory() as directory:
-            save_clip(self.task.student.model, self.task.student.spec, directory)
-            storage.put_directory(directory, *parts, "model")
-        if self.scores is not None:
-            table = pa.table(
-                {
-                    "key": self.scores.keys,
-                    "label": self.scores.labels,
-                    "prediction": self.scores.predictions,
-                }
-            )
-            buffer = io.BytesIO()
-            pq.write_table(table, buffer)
-            storage.write(buffer.getvalue(), *parts, "zero_shot.parquet")
-            storage.write_json(self.scores.metrics, *parts, "metrics.json")

@@ -122,8 +122,8 @@ def _work(config: dict[str, Any]) -> None:
     jobs = [job for job in config["jobs"] if not job.stage.is_done()]
     # The first stream starts its processes while this one imports the model libraries.
     first = _Started(jobs[0], rank) if jobs else None
-    from kdscale.stages.distill import Run
     from kdscale.stages.loop import World
+    from kdscale.stages.run import Run
 
     world = World(rank=rank, size=size, device=device)
     for job in jobs:
