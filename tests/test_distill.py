@@ -24,7 +24,12 @@ CASES = {
         "run": Execution(checkpoint_every=2, log_every=1, micro_batch_size=4),
     },
     "vit_masked": {"student": vit(), "loss": {"task": 1.0, "mfd": 4.0, "ckd": 1.0, "afd": 1.0}},
-    "mobilevit_batchnorm": {"student": timm_tower("mobilevit_xxs", 320)},
+    # Two statistics of eight: with fewer rows, one-pixel maps amplify rounding past 1e-5.
+    "mobilevit_batchnorm": {
+        "student": timm_tower("mobilevit_xxs", 320),
+        "global_batch_size": 16,
+        "bn_group": 8,
+    },
     "swin_droppath": {"student": timm_tower("swin_tiny_patch4_window7_224", 768), "drop_path": 0.3},
 }
 
