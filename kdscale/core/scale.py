@@ -79,7 +79,7 @@ MINI = Scale(
         num_workers=0,
         cpus_per_worker=0.5,
         threads_per_worker=1,
-        checkpoint_every=64,
+        checkpoint_every=32,
         log_every=8,
     ),
 )

@@ -20,6 +20,7 @@ from kdscale.sweep.grid import Sweep, Trial
 
 EFFECTIVE_TFLOPS = 400.0
 STAGE_WEIGHTS = "stage:"
+ROLES = ("student", "teacher", "data", "zero_shot")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +143,8 @@ class Planner:
 
     def __init__(self, storage: Storage, scale: Scale, overrides: Mapping[str, Any]) -> None:
         self.plan = Plan(scale=scale, storage=storage)
-        self._overrides = dict(overrides)
+        self._roles = {name: value for name, value in overrides.items() if name in ROLES}
+        self._overrides = {name: value for name, value in overrides.items() if name not in ROLES}
         self._sources: dict[tuple[str, bool], Source | None] = {}
         self._names: set[str] = set()
 
@@ -150,8 +152,9 @@ class Planner:
         """Adds a sweep's trials and the stages that are not in the plan yet."""
         for trial in sweep.trials():
             path: list[str] = []
-            recipe = resolve(trial.recipe, self.plan.scale, self._overrides)
-            recipe = recipe.replace(teacher=self._teacher(trial.recipe, path))
+            named = trial.recipe.replace(**self._roles)
+            recipe = resolve(named, self.plan.scale, self._overrides)
+            recipe = recipe.replace(teacher=self._teacher(named, path))
             self._add_stage("distill", trial.name, recipe, path)
             self.plan.trials.append(PlannedTrial(sweep=sweep.name, trial=trial, path=tuple(path)))
 

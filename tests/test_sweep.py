@@ -1,0 +1,163 @@
+"""Sweeps, plans and the command line, without Ray."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from kdscale import Distill, Execution, Sweep, choose, product, zipped
+from kdscale.cli import app, load_sweep, parse_data, parse_settings
+from kdscale.core.scale import MINI, PAPER
+from kdscale.core.storage import Storage
+from kdscale.core.types import ConfigError, ImpossibleResources, UnknownField
+from kdscale.sweep.plan import Plan, Stage, make_plan
+from kdscale.sweep.tracking import flatten
+
+SWEEPS = Path(__file__).parent.parent / "sweeps"
+
+
+def names(sweep: Sweep) -> list[str]:
+    return [trial.name for trial in sweep.trials()]
+
+
+def plan_of(sweep: Sweep, root: Path, scale: Any = MINI, **overrides: Any) -> Plan:
+    return make_plan([sweep], Storage(str(root)), scale, overrides)
+
+
+def test_choices_combine_zip_and_repeat_by_seed() -> None:
+    free = Distill(
+        student="vit_t16", teacher=choose("clip_b16", "clip_l14"), loss=choose("kl", "icl")
+    )
+    assert len(Sweep(name="free", stages=[free], seeds=(0, 1)).trials()) == 8
+    teacher, loss = zipped(("clip_b16", "clip_l14"), ("kl", "icl"))
+    tied = Distill(student="vit_t16", teacher=teacher, loss=loss)
+    assert names(Sweep(name="tied", stages=[tied])) == [
+        "vit_t16 from clip_b16 kl",
+        "vit_t16 from clip_l14 icl",
+    ]
+    teacher, epochs = product(("clip_b16", "clip_l14"), (32, 64, 96))
+    both = Distill(student="vit_t16", teacher=teacher, epochs=epochs)
+    assert len(Sweep(name="both", stages=[both]).trials()) == 6
+    with pytest.raises(ConfigError, match="equally long"):
+        zipped((1, 2), (1, 2, 3))
+
+
+def test_the_quickstart_shares_its_teachers(tmp_path: Path) -> None:
+    plan = plan_of(load_sweep(SWEEPS / "quickstart.py"), tmp_path)
+    kinds = [stage.kind for stage in plan.stages.values()]
+    assert (len(plan.trials), kinds.count("teacher"), kinds.count("distill")) == (5, 2, 5)
+    teachers = [key for key, stage in plan.stages.items() if stage.kind == "teacher"]
+    assert [plan.shared_by(key) for key in teachers] == [2, 2]
+    document = plan.document()
+    fields = {
+        "kind",
+        "key",
+        "name",
+        "inputs",
+        "reused",
+        "shared_by",
+        "flops",
+        "bytes_out",
+        "gpu_hours",
+    }
+    assert all(fields <= set(stage) for stage in document["stages"])
+    assert document["cost"]["flops"] > 0
+
+
+def test_two_sweeps_are_planned_as_one_union(tmp_path: Path) -> None:
+    quickstart = load_sweep(SWEEPS / "quickstart.py")
+    union = make_plan([quickstart, quickstart], Storage(str(tmp_path)), MINI, {})
+    assert (len(union.trials), len(union.stages)) == (10, 7)
+
+
+def test_a_finished_stage_is_reused(tmp_path: Path) -> None:
+    sweep = load_sweep(SWEEPS / "quickstart.py")
+    first = next(iter(plan_of(sweep, tmp_path).stages.values()))
+    first.store(Storage(str(tmp_path))).finish({})
+    again = plan_of(sweep, tmp_path)
+    assert [stage.key for stage in again.stages.values() if stage.reused] == [first.key]
+
+
+def test_a_loss_that_needs_a_teacher_is_refused_without_one(tmp_path: Path) -> None:
+    recipe = Distill(student="vit_t16", loss={"task": 1.0, "ckd": 1.0})
+    with pytest.raises(ConfigError, match="teacher"):
+        plan_of(Sweep(name="x", stages=[recipe]), tmp_path)
+
+
+def test_paper_work_is_that_of_its_towers(tmp_path: Path) -> None:
+    data = MINI.data["cc12m"]
+    recipe = Distill(student="vit_t16", teacher="clip_b16", data=data, zero_shot=None, epochs=1)
+    plan = plan_of(Sweep(name="x", stages=[recipe]), tmp_path, PAPER)
+    (stage,) = plan.stages.values()
+    per_sample = 3 * (2.51 + 3.38) + 35.13 + 5.96
+    assert stage.flops == pytest.approx(per_sample * 1e9 * 4096 * stage.total_steps, rel=1e-3)
+
+
+def test_settings_and_data_are_parsed() -> None:
+    fields = parse_settings(["distill.lr=1e-3", "run.num_workers=2", "loss=kl"], MINI)
+    assert fields["lr"] == 1e-3
+    assert fields["loss"] == "kl"
+    assert fields["run"].num_workers == 2
+    assert fields["run"].checkpoint_every == MINI.run.checkpoint_every
+    assert parse_data(["a={0..1}.tar", "*.tar"]) == {"a": "{0..1}.tar", "": "*.tar"}
+    with pytest.raises(ConfigError, match="FIELD=VALUE"):
+        parse_settings(["lr"], MINI)
+    with pytest.raises(UnknownField):
+        parse_settings(["run.workers=2"], MINI)
+
+
+def stage_needing(**run: Any) -> Stage:
+    recipe = Distill(student="vit_t16", loss="clip", run=Execution(**run))
+    fields: dict[str, Any] = dict.fromkeys(("total_steps", "flops", "bytes_out"))
+    return Stage(
+        kind="distill", key="k", name="n", recipe=recipe, inputs=(), reused=False, **fields
+    )
+
+
+def test_impossible_resources_are_named_before_anything_starts() -> None:
+    from kdscale.sweep.schedule import concurrent_trials
+
+    with pytest.raises(ImpossibleResources, match="GPU"):
+        concurrent_trials([stage_needing(gpus_per_worker=1)], {"CPU": 64})
+    with pytest.raises(ImpossibleResources, match="CPU"):
+        concurrent_trials([stage_needing(num_workers=9)], {"CPU": 4})
+    fits = stage_needing(num_workers=2, cpus_per_worker=1, data_cpus=2)
+    assert concurrent_trials([fits], {"CPU": 13}) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["sweeps/photos.py"], "--data"),
+        (["sweeps/photos.py", "--data", "/nowhere/{00000..00007}.tar"], "nowhere"),
+        (["sweeps/quickstart.py", "--scale", "minni"], "mini"),
+        (["sweeps/quickstart.py", "--set", "epoch=3"], "no field"),
+        (["sweeps/quickstart.py", "--set", "student=vit_t61"], "vit_t16"),
+        (["sweeps/quickstart.py", "--data", "cc3m=*.tar"], "cc3m"),
+    ],
+)
+def test_bad_input_is_a_clear_line_and_exit_2(
+    options: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(SWEEPS.parent)
+    result = CliRunner().invoke(app, ["run", *options, "--storage", str(tmp_path)])
+    assert result.exit_code == 2
+    assert message in result.output.replace("\n", " ")
+    assert "Traceback" not in result.output
+
+
+def test_plan_prints_json(tmp_path: Path) -> None:
+    line = ["plan", str(SWEEPS / "quickstart.py"), "--storage", str(tmp_path), "--json"]
+    document = json.loads(CliRunner().invoke(app, line).stdout)
+    assert set(document) == {"trials", "stages", "cost"}
+
+
+def test_params_are_flat_and_short() -> None:
+    flat = flatten(Distill(student=MINI.students["vit_t16"], loss={"task": 1.0, "ckd": 2.0}))
+    assert flat["student.image_px"] == "48"
+    assert flat["loss.ckd"] == "2.0"
+    assert all(len(value) <= 500 for value in flat.values())
