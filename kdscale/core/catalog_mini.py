@@ -192,11 +192,11 @@ SMALL_TEXT: dict[str, Any] = {"text_width": 64, "text_layers": 2}
 LARGE_TEXT: dict[str, Any] = {"text_width": 96, "text_layers": 2}
 BASE: dict[str, Any] = {"px": 48, "patch": 16, "layers": 4, "embed_dim": 64, **SMALL_TEXT}
 TINY: dict[str, Any] = {**BASE, "layers": 3}
-LARGE: dict[str, Any] = {"px": 56, "patch": 14, "layers": 4, "embed_dim": 96, **LARGE_TEXT}
+LARGE: dict[str, Any] = {"px": 42, "patch": 14, "layers": 4, "embed_dim": 96, **LARGE_TEXT}
 
 MINI_TEACHERS: dict[str, Distill] = {
-    "clip_b16": pretraining(vit("mini CLIP B/16", width=96, **BASE), WEB),
-    "clip_l14": pretraining(vit("mini CLIP L/14", width=128, **LARGE), WEB, epochs=7),
+    "clip_b16": pretraining(vit("mini CLIP B/16", width=96, **BASE), WEB, epochs=2),
+    "clip_l14": pretraining(vit("mini CLIP L/14", width=160, **LARGE), WEB, epochs=5, lr=1.5e-3),
     "siglip_so400m": pretraining(
         vit(
             "mini SigLIP 60 px",
@@ -213,8 +213,8 @@ MINI_TEACHERS: dict[str, Distill] = {
         loss={"sigmoid": 1.0},
         epochs=4,
     ),
-    "dfn_b16": pretraining(vit("mini DFN B/16", width=112, **BASE), FILTERED),
-    "dfn_l14": pretraining(vit("mini DFN L/14", width=144, **LARGE), FILTERED, epochs=7),
+    "dfn_b16": pretraining(vit("mini DFN B/16", width=112, **BASE), FILTERED, epochs=2),
+    "dfn_l14": pretraining(vit("mini DFN L/14", width=192, **LARGE), FILTERED, epochs=5, lr=1.5e-3),
 }
 MINI_STUDENTS: dict[str, TowerSpec] = {
     "vit_t16": vit("mini ViT-T/16", width=64, **TINY),
