@@ -181,6 +181,7 @@ def test_a_killed_worker_costs_at_most_the_steps_since_the_checkpoint(
     assert_little_was_repeated(study, kills=1)
 
 
+@pytest.mark.slow
 def test_a_killed_driver_is_continued_by_the_next_run(
     undisturbed: Study, pattern: str, tmp_path: Path
 ) -> None:

@@ -32,6 +32,7 @@ from kdscale.stages.jobs import DistillJob
 from kdscale.sweep.plan import Plan, PlannedTrial, Stage, total_steps
 
 WAIT_FOR_WRITER_S = 1.0
+START_ATTEMPTS = 3
 TRIAL_RETRIES = 1  # for a killed trial process; failed workers are Ray Train's to restart
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -62,7 +63,14 @@ def start_ray() -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     if address is None:
         options |= {"address": "local", "include_dashboard": False, "num_cpus": local_cpus()}
-    ray.init(runtime_env={"env_vars": QUIET}, **options)
+    for attempt in range(START_ATTEMPTS):
+        try:
+            ray.init(runtime_env={"env_vars": QUIET}, **options)
+            return
+        except Exception as error:  # a busy machine misses Ray's own fixed start-up limits
+            ray.shutdown()
+            if attempt == START_ATTEMPTS - 1:
+                raise StageFailed(f"Ray did not start: {_last_line(error)}") from error
 
 
 def local_cpus() -> int:
