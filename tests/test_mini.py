@@ -242,8 +242,8 @@ def test_shipped_tokenizers_are_what_the_maker_makes():
 
 def test_tokenizers_round_trip(scenes):
     bpe, pieces = mini_tokenizers()
-    assert bpe.vocab_size == catalog_mini.BPE_VOCAB
-    assert len(pieces.tokenizer) == catalog_mini.SP_VOCAB
+    assert bpe.vocab_size <= catalog_mini.BPE_VOCAB  # rows of the towers' token tables
+    assert len(pieces.tokenizer) <= catalog_mini.SP_VOCAB
     texts = [text for scene in scenes[:700] for text in captions(scene)][:2000]
     texts += [template.format(name) for name in CLASSNAMES for template in TEMPLATES]
     assert len(texts) > 2000
