@@ -21,6 +21,7 @@ from importlib.metadata import version
 from typing import Any
 
 import ray
+import ray.cloudpickle
 import ray.tune
 
 import kdscale
