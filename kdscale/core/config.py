@@ -25,6 +25,9 @@ from kdscale.core.types import ConfigError, UnknownField
 NOT_IN_KEY: JsonDict = {"in_key": False}
 Precision = Literal["fp32", "bf16", "fp16"]
 Mode = Literal["paper", "corrected"]
+STAGE_WEIGHTS = "stage:"  # in front of <kind>/<key> of the stage that trained the tower
+EMBED_STAGE = "embed:"  # in front of the key of the stage that wrote the cache
+_EMBED = f"{EMBED_STAGE}[0-9a-f]{{16}}"
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -236,6 +239,31 @@ class Recipe(Spec):
         return {name: value for name, value in fields.items() if isinstance(value, Choice)}
 
 
+class Embed(Recipe):
+    """Run a frozen teacher once over a data set and keep its embeddings beside the shards.
+
+    Attributes:
+        views: Crops per sample; 0 means the evaluation crop alone, whose patch features CKA
+            compares.
+        captions: Captions per sample, 0 for none.
+        crop_seed: Seed of the crops, shared by every training seed that reads the cache.
+        max_samples: Embed whole shards until so many samples are covered; None for all.
+    """
+
+    kind: ClassVar[str] = "embed"
+    version: ClassVar[int] = 1
+
+    teacher: TowerSpec
+    data: DataSpec
+    views: int = Field(default=1, ge=0)
+    captions: int = Field(default=1, ge=0)
+    crop_scale: tuple[float, float] = (0.9, 1.0)
+    crop_seed: int = 0
+    precision: Precision = "fp32"
+    max_samples: int | None = Field(default=None, gt=0)
+    run: Annotated[Execution | None, Field(json_schema_extra=NOT_IN_KEY)] = None
+
+
 class Distill(Recipe):
     """Train a student CLIP on image-text pairs, with a frozen teacher or without one.
 
@@ -251,6 +279,12 @@ class Distill(Recipe):
         max_steps: Stop after this many optimizer steps; the schedule ends there too.
         bn_group: Samples of the global batch that share BatchNorm statistics.
         views: Distinct crops per sample; None draws a new one each epoch.
+        captions: Captions per sample that the epochs take in turn: the sample's own, then those
+            that its metadata lists under `captions`.
+        teacher_outputs: `online` runs the teacher at every step; `cached` reads what an embed
+            stage has stored, which needs `views`. A plan turns `cached` into `embed:<key>`.
+        eval_outputs: `embed:<key>` of the teacher's features of the benchmark's images; a plan
+            fills it in.
         precision: None takes the scale's.
         zero_shot: Benchmark read at every checkpoint, None for none.
     """
@@ -278,6 +312,9 @@ class Distill(Recipe):
     crop_scale: tuple[float, float] = (0.9, 1.0)
     crop_seed: int = 0
     views: int | None = Field(default=None, gt=0)
+    captions: int = Field(default=1, gt=0)
+    teacher_outputs: str = Field(default="online", pattern=f"^(online|cached|{_EMBED})$")
+    eval_outputs: str | None = Field(default=None, pattern=f"^{_EMBED}$")
     seed: int = 0
     precision: Precision | None = None
     zero_shot: str | ZeroShotSpec | None = "imagenet"

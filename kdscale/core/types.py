@@ -50,6 +50,18 @@ class ShardChanged(DataError):
     """A shard no longer holds what its manifest says."""
 
 
+class CacheMissing(DataError):
+    """A teacher embedding that should be beside its shard and is not."""
+
+
+class CacheMismatch(DataError):
+    """A teacher cache made for another teacher, crop or shard."""
+
+
+class CacheCorrupt(DataError):
+    """A file of the teacher cache that is damaged."""
+
+
 class WeightsError(KdscaleError):
     """Model weights that are absent or do not fit the architecture."""
 

@@ -45,6 +45,17 @@ class RawSample:
         """The caption, without surrounding blanks."""
         return (self.txt or b"").decode("utf-8").strip()
 
+    def captions(self, count: int) -> list[str]:
+        """Returns the caption, then those that the metadata's `captions` list, over and over.
+
+        Args:
+            count: How many to return.
+        """
+        extra = self.meta.get("captions", ()) if count > 1 else ()
+        known = [self.caption]
+        known += [text.strip() for text in extra if isinstance(text, str) and text.strip()]
+        return [known[place % len(known)] for place in range(count)]
+
     @property
     def meta(self) -> dict[str, Any]:
         """The metadata; empty where the shard has none."""

@@ -64,6 +64,8 @@ class Batch:
         rows: (B,) int64, the samples' places in the run: `step * G + rank * B + i`.
         images: {px: (B, px, px, 3) uint8}; views of shared memory, not to be written to.
         tokens: {tokenizer: (B, T) int64}, likewise.
+        teacher_image: (B, D) float16 unit embeddings from the teacher cache, None without one.
+        teacher_text: The same of the captions.
     """
 
     step: int
@@ -72,6 +74,8 @@ class Batch:
     keys: list[str]
     images: dict[int, torch.Tensor]
     tokens: dict[str, torch.Tensor]
+    teacher_image: torch.Tensor | None = None
+    teacher_text: torch.Tensor | None = None
 
 
 def decode(data: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -201,3 +205,8 @@ def render(
 def view_of(epoch: int, views: int | None) -> int:
     """Says which view of a sample an epoch shows: a new one each time, or one of `views`."""
     return epoch if views is None else epoch % views
+
+
+def caption_of(epoch: int, captions: int) -> int:
+    """Says which of a sample's captions an epoch shows."""
+    return epoch % captions

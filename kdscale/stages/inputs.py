@@ -26,12 +26,14 @@ class Source:
 
     Attributes:
         num_samples: Usable samples.
+        num_shards: Files that they lie in.
         hash: Identity of the content.
     """
 
     spec: DataSpec
     storage: Storage
     num_samples: int
+    num_shards: int
     hash: str
     labelled: bool
 
@@ -61,9 +63,12 @@ def find_source(
         NoShards: If the spec names no data or its pattern matches none.
     """
     if spec.mini is not None:
-        return Source(spec, storage, spec.mini.num_samples, _world_key(spec.mini), labelled)
+        world = spec.mini
+        shards = -(-world.num_samples // world.samples_per_shard)
+        return Source(spec, storage, world.num_samples, shards, _world_key(world), labelled)
     manifest = _verified(spec, storage, labelled, progress)
-    return Source(spec, storage, manifest.num_samples, manifest.hash, labelled)
+    shards = len(manifest.shards)
+    return Source(spec, storage, manifest.num_samples, shards, manifest.hash, labelled)
 
 
 def _verified(spec: DataSpec, storage: Storage, labelled: bool, progress: Progress) -> Manifest:

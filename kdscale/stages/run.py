@@ -18,7 +18,7 @@ from kdscale.core.types import TrainingDiverged
 from kdscale.data.samples import Batch
 from kdscale.models.towers import save_clip
 from kdscale.stages.distill import DistillTask
-from kdscale.stages.evaluate import Evaluator, Scores
+from kdscale.stages.evaluate import Evaluator, Scores, cached_features
 from kdscale.stages.jobs import DistillJob
 from kdscale.stages.loop import World, batch_digest
 
@@ -76,8 +76,10 @@ class Run:
         self.evaluator = None
         if job.zero_shot_data is not None:
             spec: Any = job.recipe.zero_shot
+            cache = job.eval_cache
+            features = cache and cached_features(cache, job.zero_shot_data)
             self.evaluator = Evaluator(
-                spec, job.zero_shot_data, world, job.recipe.precision or "fp32"
+                spec, job.zero_shot_data, world, job.recipe.precision or "fp32", features
             )
         self.scores: Scores | None = None
         self.started = time.time()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -16,17 +18,19 @@ import torch
 
 from kdscale.core.checkpoints import Checkpoints
 from kdscale.core.config import Execution, TowerSpec
+from kdscale.core.journal import JournalWriter
 from kdscale.core.types import CheckpointError, StageFailed
 from kdscale.data.samples import Batch, Crop
 from kdscale.data.stream import (
     StreamConfig,
     TrainStream,
+    actor_map,
     data_config,
     execution_options,
     train_dataset,
 )
 from kdscale.models.preprocess import tokenizer
-from kdscale.stages.jobs import DistillJob
+from kdscale.stages.jobs import DistillJob, EmbedJob
 
 HEALTH_CHECK_INTERVAL_S = "0.2"
 
@@ -68,11 +72,45 @@ def fit(jobs: Sequence[DistillJob], scratch: str | None = None) -> None:
             raise StageFailed(f"{names} failed: {_root_cause(error)}") from error
 
 
+def embed(job: EmbedJob) -> None:
+    """Embeds what is left of a data set: in this process, or by a pool of actors.
+
+    Args:
+        job: What to embed; `run.num_workers` actors, or none where it is 0.
+
+    Raises:
+        StageFailed: If a shard could not be embedded.
+    """
+    from kdscale.stages.embed import Embedder, finish, pending, shards_of
+
+    run, started = job.recipe.run or Execution(), time.time()
+    journal, total = JournalWriter(job.stage, 1), len(shards_of(job))
+    left = pending(job)
+    threads = max(1, round(run.cpus_per_worker))
+    make = partial(Embedder, job, None, threads)
+    resources = {"CPU": run.cpus_per_worker, "GPU": run.gpus_per_worker}
+    summary: dict[str, Any] = {}
+    try:
+        if run.num_workers == 0 or not left:
+            embedder = make()
+            rows, summary = map(embedder, left), embedder.summary()
+        else:
+            rows = actor_map(left, make, num_actors=run.num_workers, resources=resources)
+        for done, row in enumerate(rows, total - len(left) + 1):
+            summary = json.loads(row["summary"])
+            speed = {"samples_per_s": row["samples"] / row["seconds"]}
+            journal.append({"step": done, "shards": total, **speed})
+    except Exception as error:
+        raise StageFailed(f"embed {job.key} failed: {_root_cause(error)}") from error
+    finish(job, summary, time.time() - started)
+
+
 def stream_config(job: DistillJob) -> StreamConfig:
     """Returns the stream of a job from its first step: pixels and tokens for each tower."""
     recipe = job.recipe
     assert recipe.run is not None
-    towers = [tower for tower in (recipe.student, recipe.teacher) if isinstance(tower, TowerSpec)]
+    running = (recipe.student, recipe.teacher if job.cache is None else None)
+    towers = [tower for tower in running if isinstance(tower, TowerSpec)]
     return StreamConfig(
         manifest=job.data,
         global_batch_size=recipe.global_batch_size,
@@ -83,6 +121,8 @@ def stream_config(job: DistillJob) -> StreamConfig:
         num_workers=recipe.run.world_size,
         crop=Crop(seed=recipe.crop_seed, scale=recipe.crop_scale),
         views=recipe.views,
+        captions=recipe.captions,
+        cache=job.cache,
         tokenizers={tower.tokens_name: partial(tokenizer, tower) for tower in towers},
         cpus_per_task=recipe.run.cpus_per_data_task,
     )

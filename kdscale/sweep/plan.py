@@ -5,21 +5,22 @@ A plan needs neither torch nor Ray; it reads manifests and the stage store.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kdscale.core.config import DataSpec, Distill, TowerSpec
+from kdscale.core.config import EMBED_STAGE, STAGE_WEIGHTS, DataSpec, Distill, Embed, TowerSpec
 from kdscale.core.keys import content_key
 from kdscale.core.scale import Scale, Sizes, resolve, teacher_of
 from kdscale.core.storage import StageStore, Storage
 from kdscale.core.types import ConfigError, DataError, NoShards, unknown_name
 from kdscale.losses.recipes import LossFlags, active_terms, needs_teacher, weights_for
 from kdscale.stages.inputs import Source, find_source
+from kdscale.stages.jobs import embed_recipe, features_recipe
+from kdscale.sweep.cost import EFFECTIVE_TFLOPS, Work, bytes_out, flops, gpu_hours, saving
 from kdscale.sweep.grid import Sweep, Trial
 
-EFFECTIVE_TFLOPS = 400.0
-STAGE_WEIGHTS = "stage:"
 ROLES = ("student", "teacher", "data", "zero_shot")
 
 
@@ -30,7 +31,8 @@ class Stage:
     Attributes:
         name: For people.
         inputs: Keys of the stages it needs.
-        total_steps: Optimizer steps, None where the data are not at hand.
+        num_samples: Samples of its data set, None where that is not at hand.
+        total_steps: Optimizer steps, or shards of an embed stage; likewise.
         flops: Work, None where a tower's is not known.
         bytes_out: Size of the output, estimated.
     """
@@ -38,8 +40,9 @@ class Stage:
     kind: str
     key: str
     name: str
-    recipe: Distill
+    recipe: Distill | Embed
     inputs: tuple[str, ...]
+    num_samples: int | None
     total_steps: int | None
     flops: float | None
     bytes_out: float | None
@@ -48,7 +51,18 @@ class Stage:
     @property
     def gpu_hours(self) -> float | None:
         """Hours on an accelerator that sustains `EFFECTIVE_TFLOPS`."""
-        return None if self.flops is None else self.flops / (EFFECTIVE_TFLOPS * 1e12) / 3600
+        return None if self.flops is None else gpu_hours(self.flops)
+
+    @property
+    def training(self) -> Distill:
+        """The recipe of a stage that trains."""
+        assert isinstance(self.recipe, Distill)
+        return self.recipe
+
+    @property
+    def work(self) -> Work:
+        """The recipe beside its amount of data."""
+        return Work(recipe=self.recipe, num_samples=self.num_samples, total_steps=self.total_steps)
 
     def store(self, storage: Storage) -> StageStore:
         """The stage's directory."""
@@ -95,6 +109,7 @@ class Plan:
     def document(self) -> dict[str, Any]:
         """Returns the plan as JSON: trials, stages, cost."""
         rest = self.remaining()
+        cache = saving(stage.work for stage in self.stages.values())
         return {
             "trials": [
                 {
@@ -129,6 +144,7 @@ class Plan:
                 "effective_tflops": EFFECTIVE_TFLOPS,
                 "missing": self.missing,
             },
+            "teacher_cache": None if cache is None else cache.document(),
         }
 
 
@@ -155,6 +171,7 @@ class Planner:
             named = trial.recipe.replace(**self._roles)
             recipe = resolve(named, self.plan.scale, self._overrides)
             recipe = recipe.replace(teacher=self._teacher(named, path))
+            recipe = self._cached(recipe, path)
             self._add_stage("distill", trial.name, recipe, path)
             self.plan.trials.append(PlannedTrial(sweep=sweep.name, trial=trial, path=tuple(path)))
 
@@ -177,30 +194,54 @@ class Planner:
         key = self._add_stage("teacher", tower.name, pretrain, path)
         return tower.replace(weights=f"{STAGE_WEIGHTS}teacher/{key}")
 
-    def _add_stage(self, kind: str, name: str, recipe: Distill, path: list[str]) -> str:
-        """Adds a stage unless the plan has it, and appends its key to the path."""
-        check_loss(recipe)
-        data = self._source(recipe.data)
-        sources = [data]
+    def _cached(self, recipe: Distill, path: list[str]) -> Distill:
+        """Adds the stages that fill a teacher cache, and names them in the recipe."""
+        if recipe.teacher_outputs != "cached" or recipe.teacher is None:
+            return recipe
+        check_cacheable(recipe)
+        teacher: Any = recipe.teacher
+        embed = embed_recipe(recipe)
+        key = self._add_stage("embed", f"{teacher.name} x {embed.views}", embed, path)
+        changes = {"teacher_outputs": EMBED_STAGE + key}
         if recipe.zero_shot is not None:
-            sources.append(self._source(recipe.zero_shot.data, labelled=True))  # pyright: ignore
-        manifests = {s.spec.urls: s.hash for s in sources if s is not None and s.spec.urls}
+            features = features_recipe(recipe)
+            key = self._add_stage("embed", f"{teacher.name} for CKA", features, path)
+            changes["eval_outputs"] = EMBED_STAGE + key
+        return recipe.replace(**changes)
+
+    def _add_stage(self, kind: str, name: str, recipe: Distill | Embed, path: list[str]) -> str:
+        """Adds a stage unless the plan has it, and appends its key to the path."""
+        if isinstance(recipe, Distill):
+            check_loss(recipe)
+        data, *others = self._sources_of(recipe)
+        manifests = {s.spec.urls: s.hash for s in (data, *others) if s and s.spec.urls}
         key = content_key(kind, recipe.version, recipe, manifests)
         if key not in self.plan.stages:
-            steps = None if data is None else total_steps(recipe, data.num_samples)
+            samples = None if data is None else data.num_samples
+            steps = None if data is None else _units(recipe, data)
+            work = Work(recipe=recipe, num_samples=samples, total_steps=steps)
             self.plan.stages[key] = Stage(
                 kind=kind,
                 key=key,
                 name=name,
                 recipe=recipe,
                 inputs=tuple(path),
+                num_samples=samples,
                 total_steps=steps,
-                flops=flops(recipe, steps),
-                bytes_out=_bytes_out(recipe),
+                flops=flops(work),
+                bytes_out=bytes_out(work),
                 reused=StageStore(self.plan.storage, kind, key).is_done(),
             )
         path.append(key)
         return key
+
+    def _sources_of(self, recipe: Distill | Embed) -> list[Source | None]:
+        """Finds a recipe's training data and, after them, its benchmark's."""
+        if isinstance(recipe, Embed):
+            return [self._source(recipe.data, labelled=recipe.views == 0)]
+        benchmark: Any = recipe.zero_shot
+        more = [] if benchmark is None else [self._source(benchmark.data, labelled=True)]
+        return [self._source(recipe.data), *more]
 
     def _source(self, spec: Any, *, labelled: bool = False) -> Source | None:
         """Finds a data set once; absent data are noted, not fatal: a plan may come first."""
@@ -232,6 +273,32 @@ def total_steps(recipe: Distill, num_samples: int) -> int:
     return steps if recipe.max_steps is None else min(steps, recipe.max_steps)
 
 
+def _units(recipe: Distill | Embed, data: Source) -> int:
+    """Returns a stage's optimizer steps, or the shards that it embeds."""
+    if isinstance(recipe, Distill):
+        return total_steps(recipe, data.num_samples)
+    share = min(1.0, (recipe.max_samples or data.num_samples) / data.num_samples)
+    return math.ceil(share * data.num_shards)
+
+
+def check_cacheable(recipe: Distill) -> None:
+    """Refuses a distillation that a teacher cache cannot feed.
+
+    Raises:
+        ConfigError: If crops are drawn anew each epoch, or the loss wants the teacher itself.
+    """
+    if recipe.views is None:
+        raise ConfigError(
+            "teacher_outputs='cached' needs views=N, the crops per sample that are embedded; "
+            "views=None draws a new crop each epoch"
+        )
+    if getattr(recipe.loss, "needs_online_teacher", False):
+        raise ConfigError(
+            f"the loss {recipe.loss.__qualname__} declares needs_online_teacher: a cache holds "  # pyright: ignore
+            "embeddings only; use teacher_outputs='online'"
+        )
+
+
 def check_loss(recipe: Distill) -> None:
     """Validates a recipe's loss against its mode and teacher.
 
@@ -244,34 +311,6 @@ def check_loss(recipe: Distill) -> None:
     weights = weights_for(recipe.loss, flags)
     if recipe.teacher is None and needs_teacher(active_terms(weights)):
         raise ConfigError(f"the loss {recipe.loss} compares with a teacher and none is given")
-
-
-def flops(recipe: Distill, steps: int | None) -> float | None:
-    """Returns a stage's floating-point operations: student three times forward, teacher once."""
-    student, teacher = recipe.student, recipe.teacher
-    assert isinstance(student, TowerSpec)
-    own = _forward_gflop(student)
-    frozen = _forward_gflop(teacher) if isinstance(teacher, TowerSpec) else 0.0
-    if own is None or frozen is None or steps is None:
-        return None
-    return (3 * own + frozen) * 1e9 * steps * recipe.global_batch_size
-
-
-def _forward_gflop(tower: TowerSpec) -> float | None:
-    """Returns a pair's forward work per sample."""
-    facts = tower.facts
-    if facts.image_gflop is None or facts.text_gflop is None:
-        return None
-    return facts.image_gflop + facts.text_gflop
-
-
-def _bytes_out(recipe: Distill) -> float | None:
-    """Returns the size of the saved student in float32."""
-    assert isinstance(recipe.student, TowerSpec)
-    facts = recipe.student.facts
-    if facts.image_mparams is None or facts.text_mparams is None:
-        return None
-    return 4e6 * (facts.image_mparams + facts.text_mparams)
 
 
 def _sum(values: Any) -> float:

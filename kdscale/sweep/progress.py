@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.tree import Tree
 
-from kdscale.core.config import TowerSpec
+from kdscale.core.config import Distill
 from kdscale.core.journal import Line, read_steps
 from kdscale.core.storage import Storage
 from kdscale.sweep.grid import label
@@ -47,6 +48,8 @@ class Progress:
 
 def describe_line(line: Line, total_steps: int | None) -> str:
     """Puts a journal line in words."""
+    if "shards" in line:
+        return f"shard {line['step']}/{line['shards']}  {line['samples_per_s']:,.0f} samples/s"
     parts = [f"step {line['step']}/{total_steps or '?'}", f"loss {line['total']:.3f}"]
     if "zero_shot_top1" in line:
         parts.append(f"top-1 {line['zero_shot_top1']:.1f} %")
@@ -94,20 +97,36 @@ def print_plan(plan: Plan, console: Console) -> None:
         f"{cost['flops'] / 1e15:,.3g} PFLOP, {cost['gpu_hours']:,.3g} GPU-hours at "
         f"{cost['effective_tflops']:g} TFLOP/s, {cost['bytes_out'] / 1e6:,.3g} MB of models"
     )
+    _print_saving(plan, console)
     for text in sorted(set(plan.missing)):
         console.print(f"[yellow]missing:[/] {text}")
+
+
+def _print_saving(plan: Plan, console: Console) -> None:
+    """Prints what the distillations cost with the teachers online and from caches."""
+    found = plan.document()["teacher_cache"]
+    if found is None:
+        return
+    online, cached = found["online_gpu_hours"], found["cached_gpu_hours"]
+    views = " or ".join(map(str, found["views"]))
+    console.print(
+        f"teachers online {online:,.3g} GPU-hours, cached {cached:,.3g} ({online / cached:.1f} "
+        f"times less) with {views} views in {found['bytes_stored'] / 1e9:,.3g} GB "
+        "[dim](teacher_outputs=cached)[/]"
+    )
 
 
 def teacher_table(plan: Plan) -> Table:
     """Returns what distinguishes the teachers that this plan trains itself."""
     table = Table("teacher", "width", "patch", "pixels", "tokenizer", "loss", "data noise")
     for stage in plan.stages.values():
-        tower = stage.recipe.student
-        if stage.kind != "teacher" or not isinstance(tower, TowerSpec):
+        recipe = stage.recipe
+        if stage.kind != "teacher" or not isinstance(recipe, Distill):
             continue
-        mini = getattr(stage.recipe.data, "mini", None)
+        tower: Any = recipe.student
+        mini = getattr(recipe.data, "mini", None)
         cells = [tower.name, tower.width, tower.patch_px, tower.image_px, tower.tokenizer]
-        cells += [label(stage.recipe.loss)]
+        cells += [label(recipe.loss)]
         table.add_row(*map(str, cells), "" if mini is None else f"{mini.caption_noise:.0%}")
     return table
 

@@ -17,18 +17,20 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import groupby
 from typing import Any
 
 import ray
 import ray.tune
 
 import kdscale
-from kdscale.core.config import Execution, TowerSpec
+from kdscale.core.config import Distill, Embed, Execution, TowerSpec
 from kdscale.core.keys import describe
 from kdscale.core.storage import Lease, Storage
 from kdscale.core.types import ImpossibleResources, StageFailed
+from kdscale.data.shards import Manifest
 from kdscale.stages.inputs import find_source
-from kdscale.stages.jobs import DistillJob
+from kdscale.stages.jobs import DistillJob, EmbedJob
 from kdscale.sweep.plan import Plan, PlannedTrial, Stage, total_steps
 
 WAIT_FOR_WRITER_S = 1.0
@@ -205,8 +207,6 @@ def run_stages(path: Sequence[Stage], storage: Storage) -> None:
     Raises:
         StageFailed: If the workers failed.
     """
-    from kdscale.stages.worker import fit
-
     while True:
         pending = [stage for stage in path if not stage.store(storage).is_done()]
         if not pending:
@@ -217,32 +217,30 @@ def run_stages(path: Sequence[Stage], storage: Storage) -> None:
                 if lease is not None:
                     leases.enter_context(lease)
             if all(held):
-                fit([_job(stage, storage) for stage in pending])
+                _run_in_turn(pending, storage)
                 continue
         time.sleep(WAIT_FOR_WRITER_S)
 
 
+def _run_in_turn(stages: Sequence[Stage], storage: Storage) -> None:
+    """Runs stages one after the other; neighbours that train share a group of workers."""
+    from kdscale.stages.worker import embed, fit
+
+    for embeds, group in groupby(stages, lambda stage: isinstance(stage.recipe, Embed)):
+        if embeds:
+            for stage in group:
+                embed(_embed_job(stage, storage))
+        else:
+            fit([_job(stage, storage) for stage in group])
+
+
 def _job(stage: Stage, storage: Storage) -> DistillJob:
     """Returns what the workers are told."""
-    recipe = stage.recipe
-    data = find_source(recipe.data, storage).manifest()  # pyright: ignore[reportArgumentType]
-    zero_shot: Any = recipe.zero_shot
+    recipe: Any = stage.recipe
+    data = find_source(recipe.data, storage).manifest()
+    zero_shot = recipe.zero_shot
     benchmark = zero_shot and find_source(zero_shot.data, storage, labelled=True).manifest()
     steps = total_steps(recipe, data.num_samples)
-    record = {
-        "kind": stage.kind,
-        "key": stage.key,
-        "name": stage.name,
-        "inputs": list(stage.inputs),
-        "recipe": describe(recipe, {}),
-        "teacher": recipe.teacher.name if isinstance(recipe.teacher, TowerSpec) else None,
-        "total_steps": steps,
-        "manifest": data.hash,
-        "quarantined": data.causes(),
-        "versions": {name: version(name) for name in ("torch", "ray", "open_clip_torch", "timm")}
-        | {"kdscale": kdscale.__version__},
-        "git": git_revision(),
-    }
     return DistillJob(
         kind=stage.kind,
         key=stage.key,
@@ -251,8 +249,33 @@ def _job(stage: Stage, storage: Storage) -> DistillJob:
         total_steps=steps,
         data=data,
         zero_shot_data=benchmark,
-        record=record,
+        record=_record(stage, data) | {"total_steps": steps},
     )
+
+
+def _embed_job(stage: Stage, storage: Storage) -> EmbedJob:
+    """Returns what the embedders are told."""
+    recipe: Any = stage.recipe
+    data = find_source(recipe.data, storage, labelled=recipe.views == 0).manifest()
+    return EmbedJob(stage.key, storage.root, recipe, data, _record(stage, data))
+
+
+def _record(stage: Stage, data: Manifest) -> dict[str, Any]:
+    """Returns what `stage.json` says of a stage before it runs."""
+    teacher = stage.recipe.teacher
+    return {
+        "kind": stage.kind,
+        "key": stage.key,
+        "name": stage.name,
+        "inputs": list(stage.inputs),
+        "recipe": describe(stage.recipe, {}),
+        "teacher": teacher.name if isinstance(teacher, TowerSpec) else None,
+        "manifest": data.hash,
+        "quarantined": data.causes(),
+        "versions": {name: version(name) for name in ("torch", "ray", "open_clip_torch", "timm")}
+        | {"kdscale": kdscale.__version__},
+        "git": git_revision(),
+    }
 
 
 def git_revision() -> str | None:
@@ -272,10 +295,12 @@ def prepare(plan: Plan, progress: Any) -> None:
         StageFailed: Never; kept apart from trials so that data errors name the data.
     """
     for stage in plan.remaining():
-        find_source(stage.recipe.data, plan.storage, progress=progress).manifest(progress)  # pyright: ignore
-        zero_shot: Any = stage.recipe.zero_shot
-        if zero_shot is not None:
-            source = find_source(zero_shot.data, plan.storage, labelled=True, progress=progress)
+        recipe: Any = stage.recipe
+        wanted = [(recipe.data, isinstance(recipe, Embed) and recipe.views == 0)]
+        if isinstance(recipe, Distill) and recipe.zero_shot is not None:
+            wanted.append((recipe.zero_shot.data, True))  # pyright: ignore[reportAttributeAccessIssue]
+        for spec, labelled in wanted:
+            source = find_source(spec, plan.storage, labelled=labelled, progress=progress)
             source.manifest(progress)
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from kdscale.core.config import Distill
 from kdscale.core.journal import JournalReader, Line
 from kdscale.core.storage import Storage
 from kdscale.sweep.plan import Plan, Stage
@@ -33,7 +34,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 logger = logging.getLogger(__name__)
 KEY_TAG = "kdscale.key"
 SWEEP_TAG = "kdscale.sweep"
-NOT_METRICS = {"step", "epoch", "ids", "attempt"}
+NOT_METRICS = {"step", "epoch", "ids", "attempt", "shards"}
 SMALL_MODEL_BYTES = 64 * 2**20
 MAX_METRICS_PER_CALL = 900
 
@@ -129,9 +130,11 @@ class Tracker:
             "stage": stage.kind,
             "inputs": ",".join(stage.inputs),
             "scale": self._plan.scale.name,
-            "student": _name(recipe.student),
-            "teacher": _name(recipe.teacher),
-            "loss": _name(recipe.loss),
+            **{
+                field: _name(getattr(recipe, field))
+                for field in ("student", "teacher", "loss")
+                if hasattr(recipe, field)
+            },
             "storage": stage.store(self._plan.storage).url(),
         }
         run_id = self._find_or_create({KEY_TAG: stage.key}, f"{stage.kind}: {stage.name}", tags)
@@ -145,8 +148,8 @@ class _StageRun:
         self._client, self._run_id, self._stage = client, run_id, stage
         self._store = stage.store(storage)
         self._reader = JournalReader(self._store)
-        history = client.get_metric_history(run_id, "loss")
-        self._sent = {metric.step for metric in history}
+        sent = "loss" if isinstance(stage.recipe, Distill) else "samples_per_s"
+        self._sent = {metric.step for metric in client.get_metric_history(run_id, sent)}
         self._unsent: list[Line] = []
         self._log_params()
 
@@ -174,7 +177,8 @@ class _StageRun:
 
     def _wanted(self, line: Line) -> bool:
         """Thins long runs: every `log_every`-th step, and every evaluation."""
-        every = self._stage.recipe.run.log_every if self._stage.recipe.run else 1
+        recipe = self._stage.recipe
+        every = recipe.run.log_every if recipe.run and isinstance(recipe, Distill) else 1
         return line["step"] % every == 0 or "zero_shot_top1" in line
 
     def _log_params(self) -> None:
