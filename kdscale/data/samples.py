@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 64_000_000
 AREA_FROM = 3.0
+BLUR_FROM = 1.2  # below, the blur is narrower than a pixel and changes nothing
 _BLUR = 0.45
 _TRIES = 10
 
@@ -181,7 +182,7 @@ def resize(image: np.ndarray[Any, Any], px: int) -> np.ndarray[Any, np.dtype[np.
     ratios = image.shape[1] / px, image.shape[0] / px
     if max(ratios) > AREA_FROM:
         return cv2.resize(image, (px, px), interpolation=cv2.INTER_AREA)  # pyright: ignore[reportReturnType]
-    if max(ratios) > 1:
+    if max(ratios) > BLUR_FROM:
         taps = [1 if ratio <= 1 else 3 if ratio < 2 else 5 for ratio in ratios]
         sigmas = [_BLUR * math.sqrt(max(ratio**2 - 1, 1e-6)) for ratio in ratios]
         image = cv2.GaussianBlur(image, taps, sigmaX=sigmas[0], sigmaY=sigmas[1])
