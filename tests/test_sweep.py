@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +163,35 @@ def test_params_are_flat_and_short() -> None:
     assert flat["student.image_px"] == "48"
     assert flat["loss.ckd"] == "2.0"
     assert all(len(value) <= 500 for value in flat.values())
+
+
+OWN_LOSS = '''
+"""A sweep with a loss of its own."""
+from kdscale import Distill, Sweep
+
+def halved(inputs):
+    return {"task": inputs.student_scale * 0.5}
+
+sweep = Sweep(
+    name="own", stages=[Distill(student="vit_t16", teacher="clip_b16", loss=halved)], scale="mini"
+)
+'''
+
+
+def test_a_loss_of_the_sweep_file_travels_by_value(tmp_path: Path) -> None:
+    import ray.cloudpickle
+
+    from kdscale.sweep.schedule import ship_own_losses
+
+    (tmp_path / "own_loss_sweep.py").write_text(OWN_LOSS)
+    plan = plan_of(load_sweep(tmp_path / "own_loss_sweep.py"), tmp_path)
+    ship_own_losses(plan)
+    (stage,) = [stage for stage in plan.stages.values() if stage.kind == "distill"]
+    program = "import pickle, sys; print(pickle.load(sys.stdin.buffer).__name__)"
+    found = subprocess.run(
+        [sys.executable, "-c", program],
+        input=ray.cloudpickle.dumps(stage.recipe.loss),
+        capture_output=True,
+        check=True,
+    )
+    assert found.stdout.decode().strip() == "halved"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ from kdscale.core.types import ImpossibleResources, StageFailed
 from kdscale.data.shards import Manifest
 from kdscale.stages.inputs import find_source
 from kdscale.stages.jobs import DistillJob, EmbedJob
+from kdscale.sweep.grid import Sweep
 from kdscale.sweep.plan import Plan, PlannedTrial, Stage, total_steps
 
 WAIT_FOR_WRITER_S = 1.0
@@ -73,6 +75,15 @@ def start_ray() -> None:
             ray.shutdown()
             if attempt == START_ATTEMPTS - 1:
                 raise StageFailed(f"Ray did not start: {_last_line(error)}") from error
+
+
+def ship_own_losses(plan: Plan) -> None:
+    """Sends losses that a sweep file defines with the job: no worker could import them."""
+    losses = [getattr(stage.recipe, "loss", None) for stage in plan.stages.values()]
+    for name in {loss.__module__ for loss in losses if callable(loss)}:
+        module = sys.modules[name]
+        if isinstance(getattr(module, "sweep", None), Sweep):
+            ray.cloudpickle.register_pickle_by_value(module)
 
 
 def local_cpus() -> int:
@@ -137,6 +148,7 @@ def run_plan(plan: Plan) -> list[TrialFailure]:
     waiting = waiting_trials(plan)
     if not waiting:
         return []
+    ship_own_losses(plan)
     start_ray()
     concurrency = concurrent_trials(plan.remaining(), ray.cluster_resources())
     trainable = ray.tune.with_resources(
