@@ -41,8 +41,9 @@ def read_segment(segment: Segment, entries: tuple[ShardEntry, ...]) -> Iterator[
         rows = np.flatnonzero(slots == slot)
         if not len(rows):
             continue
+        used = entry.used_places()
         target = np.full(entry.num_samples, -1, np.int64)
-        target[places[rows]] = rows
+        target[places[rows] if used is None else used[places[rows]]] = rows
         fs, path = fsspec.core.url_to_fs(entry.path)
         # Not strict: the reader itself complains of too many or too few, by name.
         for row, sample in zip(_endless(target.tolist()), read_good(path, fs, entry), strict=False):
