@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from kdscale.core.config import DataSpec
 from kdscale.core.storage import Storage
@@ -114,15 +115,15 @@ def _verified_document(manifest: Manifest, seconds: float) -> dict[str, Any]:
 def _verified_table(document: dict[str, Any]) -> Table:
     """Arranges what verification found."""
     table = _table("Verified")
-    table.add_row("shards", f"{document['shards']:,}")
-    table.add_row("usable samples", f"{document['samples']:,}")
-    table.add_row("size", _size(document["bytes"]))
-    table.add_row("speed", f"{document['samples_per_s']:,.0f} samples/s")
-    table.add_row("quarantined", f"{sum(document['quarantined'].values()):,}")
+    _row(table, "shards", f"{document['shards']:,}")
+    _row(table, "usable samples", f"{document['samples']:,}")
+    _row(table, "size", _size(document["bytes"]))
+    _row(table, "speed", f"{document['samples_per_s']:,.0f} samples/s")
+    _row(table, "quarantined", f"{sum(document['quarantined'].values()):,}")
     for cause, count in sorted(document["quarantined"].items(), key=lambda item: -item[1]):
-        table.add_row(f"  {cause}", f"{count:,}: {', '.join(document['examples'][cause])}")
-    table.add_row("manifest hash", document["hash"])
-    table.add_row("manifest", document["manifest"] or "not kept: too many bad samples")
+        _row(table, f"  {cause}", f"{count:,}: {', '.join(document['examples'][cause])}")
+    _row(table, "manifest hash", document["hash"])
+    _row(table, "manifest", document["manifest"] or "not kept: too many bad samples")
     return table
 
 
@@ -151,7 +152,7 @@ def inspect(
         _write_file(out, contact_sheet(found.picked, _short(pattern), title))
         _show(found.document() | {"sheet": str(out)}, lambda _: _survey_table(found), as_json)
         if not as_json:
-            console.print(f"contact sheet: {out}", soft_wrap=True)
+            console.print(f"contact sheet: {out}", soft_wrap=True, markup=False)
             _next("kdscale", "data", "verify", pattern)
 
 
@@ -160,26 +161,28 @@ def _survey_table(found: Survey) -> Table:
     document = found.document()
     note = "all" if found.whole else "drawn at random; the numbers below are theirs"
     table = _table("Inspected")
-    table.add_row("shards", f"{found.num_shards:,}, {_size(found.num_bytes)}")
-    table.add_row(
-        "looked at", f"{found.num_samples:,} samples in {found.looked_shards:,} shards ({note})"
+    _row(table, "shards", f"{found.num_shards:,}, {_size(found.num_bytes)}")
+    _row(
+        table,
+        "looked at",
+        f"{found.num_samples:,} samples in {found.looked_shards:,} shards ({note})",
     )
-    table.add_row("formats", ", ".join(f"{k} {v:,}" for k, v in document["formats"].items()))
+    _row(table, "formats", ", ".join(f"{k} {v:,}" for k, v in document["formats"].items()))
     if document["non_jpeg"] is not None:
-        table.add_row("not JPEG", f"{document['non_jpeg']:.2%}")
-    table.add_row("width, px", _spread(document["width"], "min", "median", "max"))
-    table.add_row("height, px", _spread(document["height"], "min", "median", "max"))
+        _row(table, "not JPEG", f"{document['non_jpeg']:.2%}")
+    _row(table, "width, px", _spread(document["width"], "min", "median", "max"))
+    _row(table, "height, px", _spread(document["height"], "min", "median", "max"))
     most = max((count for _, count in found.megapixels()), default=0)
     for edge, count in found.megapixels():
         if count:
             bar = "█" * max(1, round(BAR_CHARACTERS * count / most))
-            table.add_row(f"  from {edge:g} megapixels", f"{bar} {count:,}")
+            _row(table, f"  from {edge:g} megapixels", f"{bar} {count:,}")
     names = ("min", "median", "p95", "max")
-    table.add_row("bytes per image", _spread(document["image_bytes"], *names))
-    table.add_row("caption, characters", _spread(document["caption_characters"], *names))
-    table.add_row("caption, words", _spread(document["caption_words"], *names))
+    _row(table, "bytes per image", _spread(document["image_bytes"], *names))
+    _row(table, "caption, characters", _spread(document["caption_characters"], *names))
+    _row(table, "caption, words", _spread(document["caption_words"], *names))
     for fault, count in document["faults"].items():
-        table.add_row(f"  {fault}", f"{count:,}")
+        _row(table, f"  {fault}", f"{count:,}")
     return table
 
 
@@ -226,16 +229,16 @@ def prepare(
 def _prepared_table(outcome: Prepared, out: str, seconds: float) -> Table:
     """Arranges what preparation made."""
     table = _table(f"Prepared ({outcome.format})")
-    table.add_row("rows", f"{outcome.num_rows:,} in {seconds:,.1f} s")
+    _row(table, "rows", f"{outcome.num_rows:,} in {seconds:,.1f} s")
     kept = f"{outcome.num_kept:,} images kept as they were"
-    table.add_row("samples", f"{outcome.num_samples:,}, {kept}")
-    table.add_row("shards", f"{outcome.num_shards:,}, {outcome.num_reused:,} of an earlier run")
-    table.add_row("size", _size(outcome.num_bytes))
-    table.add_row("rejected", f"{sum(outcome.causes.values()):,}")
+    _row(table, "samples", f"{outcome.num_samples:,}, {kept}")
+    _row(table, "shards", f"{outcome.num_shards:,}, {outcome.num_reused:,} of an earlier run")
+    _row(table, "size", _size(outcome.num_bytes))
+    _row(table, "rejected", f"{sum(outcome.causes.values()):,}")
     for cause, count in outcome.causes.items():
-        table.add_row(f"  {cause}", f"{count:,}")
+        _row(table, f"  {cause}", f"{count:,}")
     if outcome.causes:
-        table.add_row("  list", f"{out.rstrip('/')}/rejected.jsonl")
+        _row(table, "  list", f"{out.rstrip('/')}/rejected.jsonl")
     return table
 
 
@@ -276,7 +279,7 @@ def _mix_table(sources: list[MixedSource], mixed: Manifest) -> Table:
     for source in sources:
         manifest = source.manifest
         table.add_row(
-            source.pattern,
+            Text(source.pattern),
             f"{len(manifest.shards):,}",
             f"{manifest.num_samples:,}",
             f"{source.weight:g}",
@@ -293,7 +296,8 @@ def _mix_table(sources: list[MixedSource], mixed: Manifest) -> Table:
 @contextmanager
 def _bar(as_json: bool = False) -> Generator[Callable[[str, int, int | None], None]]:
     """Shows a progress bar; yields what is told (what is done, how many, of how many or None)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    words = TextColumn("{task.description}", markup=False)
+    columns = (words, BarColumn(), MofNCompleteColumn())
     target = Console(stderr=True) if as_json else console
     with Progress(
         *columns,
@@ -343,6 +347,11 @@ def _table(title: str) -> Table:
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     return table
+
+
+def _row(table: Table, name: str, value: str) -> None:
+    """Adds a row; brackets in a path or key are no markup."""
+    table.add_row(name, Text(value))
 
 
 def _next(*command: str) -> None:

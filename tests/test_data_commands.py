@@ -220,12 +220,13 @@ def test_mixes_that_mean_nothing(shards: str):
 
 
 def test_mix_command_and_its_use_as_data(shards: str, tmp_path: Path, write_tar: Any):
-    other = write_tar(tmp_path / "b.tar", [p for i in range(10) for p in pair(f"z{i}", i)])
+    write_tar(tmp_path / "b.tar", [p for i in range(10) for p in pair(f"z{i}", i)])
+    other = f"{tmp_path}/[ab].tar"
     out, storage = tmp_path / "mix.json", tmp_path / "runs"
     sources = ["--source", f"{shards}=0.5", "--source", f"{other}=2.5"]
     found = run("mix", out, *sources, "--storage", storage)
     assert found.exit_code == 0, found.output
-    for text in ("25", "50.0%", "next: kdscale plan"):
+    for text in ("25", "50.0%", "[ab]", "next: kdscale plan"):
         assert text in found.output
     assert len(os.listdir(storage / "manifests")) == 2
     source = inputs.find_source(DataSpec(name="x", urls=str(out)), Storage(str(storage)))
