@@ -46,9 +46,7 @@ def make_job(root: str, pattern: str, batch: int, steps: int) -> DistillJob:
         global_batch_size=batch,
         bn_group=batch,
         warmup_steps=1,
-        run=Execution(
-            num_workers=1, cpus_per_worker=1, threads_per_worker=threads, log_every=1
-        ),
+        run=Execution(num_workers=1, cpus_per_worker=1, threads_per_worker=threads, log_every=1),
     )
     recipe = resolve(named, TRUE_SIZE_CPU)
     data = find_source(named.data, Storage(root)).manifest()  # pyright: ignore
@@ -94,7 +92,12 @@ def main() -> None:
     waited = statistics.mean(line["data_wait"] for line in lines)
     rows = [
         ("bare step, batches in memory", f"{own:.2f}", "", ""),
-        ("under Ray Data and Ray Train", f"{under_ray:.2f}", f"{under_ray / own:.1%}", f"{waited:.1%}"),
+        (
+            "under Ray Data and Ray Train",
+            f"{under_ray:.2f}",
+            f"{under_ray / own:.1%}",
+            f"{waited:.1%}",
+        ),
     ]
     header = ("loop", "samples/s", "of bare", "data_wait")
     print(table(f"Framework overhead, ViT-T/16 at 224 px, batch {options.batch}", header, rows))

@@ -1,6 +1,6 @@
 """Whether memory stays flat: 200,000 samples streamed to two training workers.
 
-    python benchmarks/soak.py [--samples 200000]
+python benchmarks/soak.py [--samples 200000]
 """
 
 from __future__ import annotations

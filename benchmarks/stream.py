@@ -131,9 +131,7 @@ def kdscale_stream(pattern: str, epochs: int, storage: Path) -> list[dict[str, f
     trainer = ray.train.torch.TorchTrainer(
         _consume,
         train_loop_config={"config": config, "out": str(storage / "measured.json")},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=1, resources_per_worker={"CPU": 0.5}
-        ),
+        scaling_config=ray.train.ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0.5}),
         datasets={name: partial(train_dataset, config) for name in ("cold", "warm")},
         dataset_config=data_config(),
         run_config=ray.train.RunConfig(storage_path=str(storage / "train")),

@@ -21,6 +21,8 @@ LAYERS = {
     "stages": 2,
     "sweep": 3,
     "cli": 4,
+    "cli_data": 3,
+    "terminal": 1,
 }
 UPWARD = {("sweep/grid.py", "cli")}  # `sweep.main()` makes a sweep file a program
 RAY_FILES = {"sweep/schedule.py", "stages/worker.py", "data/stream.py"}

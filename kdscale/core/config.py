@@ -154,8 +154,9 @@ class DataSpec(Spec):
     """Image-text pairs in WebDataset tars or Parquet, or a miniature world to be drawn.
 
     Attributes:
-        urls: Glob or brace pattern of the shards, local or on an object store. The path itself
-            does not enter the content key: the manifest's hash does.
+        urls: Glob or brace pattern of the shards, local or on an object store; or a manifest
+            (`.json`) that `kdscale data` wrote. The path itself does not enter the content key:
+            the manifest's hash does.
         mini: The world to draw instead.
         max_bad_fraction: Share of unusable samples above which nothing starts.
     """

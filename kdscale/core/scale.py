@@ -150,7 +150,13 @@ def with_path(spec: DataSpec, scale: Scale) -> DataSpec:
     if spec.mini is not None:
         return spec
     paths = scale.data_paths
-    return spec.replace(urls=paths.get(spec.name, spec.urls or paths.get("")))
+    own = (paths[name] for name in data_names(spec, scale) if name in paths)
+    return spec.replace(urls=next(own, spec.urls or paths.get("")))
+
+
+def data_names(spec: DataSpec, scale: Scale) -> list[str]:
+    """Returns what a data set may be called where its path is given: its name, or its role."""
+    return [spec.name, *(role for role, known in scale.data.items() if known.name == spec.name)]
 
 
 def _benchmark(recipe: Distill, scale: Scale) -> ZeroShotSpec | None:

@@ -62,6 +62,14 @@ class CacheCorrupt(DataError):
     """A file of the teacher cache that is damaged."""
 
 
+class BadManifest(DataError):
+    """A file that is no manifest, was edited, or does not vouch for what is asked of it."""
+
+
+class FolderTaken(DataError):
+    """An output folder that holds something else than what is to be written."""
+
+
 class WeightsError(KdscaleError):
     """Model weights that are absent or do not fit the architecture."""
 

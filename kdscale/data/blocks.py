@@ -63,10 +63,12 @@ def read_segment(
         rows = np.flatnonzero(slots == slot)
         if not len(rows):
             continue
-        keys = _read_shard(segment, entry, rows, places[rows], reading, found)
+        used = entry.used_places()
+        own = places[rows] if used is None else used[places[rows]]
+        keys = _read_shard(segment, entry, rows, own, reading, found)
         for name, values in _read_cache(segment, entry, keys, reading).items():
             whole = cached.setdefault(name, np.empty((len(slots), values.shape[1]), np.float16))
-            whole[rows] = values[places[rows]]
+            whole[rows] = values[own]
     shard_of = np.asarray(segment.shards, np.int32)[slots]
     for start in range(0, segment.num_rows, _READ_ROWS):
         stop = min(start + _READ_ROWS, segment.num_rows)

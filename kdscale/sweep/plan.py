@@ -12,7 +12,7 @@ from typing import Any
 
 from kdscale.core.config import EMBED_STAGE, STAGE_WEIGHTS, DataSpec, Distill, Embed, TowerSpec
 from kdscale.core.keys import content_key
-from kdscale.core.scale import Scale, Sizes, resolve, teacher_of
+from kdscale.core.scale import Scale, Sizes, data_names, resolve, teacher_of
 from kdscale.core.storage import StageStore, Storage
 from kdscale.core.types import ConfigError, DataError, NoShards, unknown_name
 from kdscale.losses.recipes import LossFlags, active_terms, needs_teacher, weights_for
@@ -246,7 +246,7 @@ class Planner:
     def _source(self, spec: Any, *, labelled: bool = False) -> Source | None:
         """Finds a data set once; absent data are noted, not fatal: a plan may come first."""
         assert isinstance(spec, DataSpec)
-        self._names.add(spec.name)
+        self._names.update(data_names(spec, self.plan.scale))
         name = (spec.model_dump_json(), labelled)
         if name not in self._sources:
             try:

@@ -22,6 +22,7 @@ from itertools import groupby
 from typing import Any
 
 import ray
+import ray.cloudpickle
 import ray.tune
 
 import kdscale
