@@ -71,7 +71,9 @@ def manifest(shards: str) -> Manifest:
     return build_manifest(DataSpec(name="t", urls=shards), num_threads=1)
 
 
-def distill_job(root: Path, manifest: Manifest, teacher: TowerSpec, **fields: Any) -> DistillJob:
+def distill_job(
+    root: Path | str, manifest: Manifest, teacher: TowerSpec, **fields: Any
+) -> DistillJob:
     data = DataSpec(name="t", urls="elsewhere")
     recipe = Distill(
         student=student(),

@@ -116,7 +116,14 @@ def stage_needing(**run: Any) -> Stage:
     recipe = Distill(student="vit_t16", loss="clip", run=Execution(**run))
     fields: dict[str, Any] = dict.fromkeys(("total_steps", "flops", "bytes_out"))
     return Stage(
-        kind="distill", key="k", name="n", recipe=recipe, inputs=(), reused=False, **fields
+        kind="distill",
+        key="k",
+        name="n",
+        recipe=recipe,
+        inputs=(),
+        reused=False,
+        num_samples=8,
+        **fields,
     )
 
 
@@ -155,7 +162,7 @@ def test_bad_input_is_a_clear_line_and_exit_2(
 def test_plan_prints_json(tmp_path: Path) -> None:
     line = ["plan", str(SWEEPS / "quickstart.py"), "--storage", str(tmp_path), "--json"]
     document = json.loads(CliRunner().invoke(app, line).stdout)
-    assert set(document) == {"trials", "stages", "cost"}
+    assert set(document) == {"trials", "stages", "cost", "teacher_cache"}
 
 
 def test_params_are_flat_and_short() -> None:

@@ -115,8 +115,13 @@ class Storage:
             self.fs.rm(self.path(*parts), recursive=True)
 
     def create(self, data: bytes, *parts: str) -> bool:
-        """Creates a file if absent and returns whether it did."""
+        """Creates a file if absent and returns whether it did.
+
+        Not every object store can do this in one step: see `Lease.acquire`.
+        """
         target = self.path(*parts)
+        if not self.is_local and self.exists(*parts):
+            return False
         self.fs.makedirs(self.fs._parent(target), exist_ok=True)
         try:
             with self.fs.open(target, "xb") as file:
@@ -201,11 +206,13 @@ class Lease:
         token = uuid.uuid4().hex
         parts = (*stage.parts, "LEASE")
         if stage.storage.create(_beat(token), *parts):
-            return cls(stage, token)
-        if not _is_dead(stage.storage, parts):
+            if stage.storage.is_local:
+                return cls(stage, token)
+        elif not _is_dead(stage.storage, parts):
             return None
-        stage.storage.write(_beat(token), *parts)
-        time.sleep(0.5)  # two that take over at once: the last writer keeps it
+        else:
+            stage.storage.write(_beat(token), *parts)
+        time.sleep(0.5)  # of two that create or take over at once, the last writer keeps it
         if _holder(stage.storage, parts).get("token") != token:
             return None
         return cls(stage, token)

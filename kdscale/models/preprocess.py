@@ -21,6 +21,7 @@ from PIL import Image
 
 from kdscale.core.config import TowerSpec
 from kdscale.core.types import ConfigError, WeightsError
+from kdscale.models.bpe import build_bpe, openai_merges
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,9 +113,15 @@ class TowerTokenizer:
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Returns (B, context_length) int64, padded and cut."""
+        import torch
+
+        return torch.from_numpy(self.ids(texts))
+
+    def ids(self, texts: Sequence[str]) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Returns the same as an array; `bpe` needs no torch for it."""
         encode, lock = _built(self)
         with lock:
-            return encode(list(texts))
+            return np.asarray(encode(list(texts)), np.int64)
 
 
 def tokenizer(spec: TowerSpec) -> TowerTokenizer:
@@ -224,9 +231,11 @@ def _tokenizer_module() -> Any:
 @lru_cache(maxsize=16)
 def _built(wanted: TowerTokenizer) -> tuple[Callable[[list[str]], Any], threading.Lock]:
     """Builds a tokenizer once per process."""
+    length = wanted.context_length
+    if wanted.kind == "bpe":
+        return build_bpe(wanted.source or openai_merges(), length), threading.Lock()
     module = _tokenizer_module()
     HFTokenizer, SimpleTokenizer = module.HFTokenizer, module.SimpleTokenizer
-    length = wanted.context_length
     if wanted.kind == "hf":
         assert wanted.source is not None
         try:
@@ -239,12 +248,8 @@ def _built(wanted: TowerTokenizer) -> tuple[Callable[[list[str]], Any], threadin
         except Exception as error:
             raise WeightsError(f"tokenizer {wanted.source} cannot be loaded: {error}") from error
         return encode, threading.Lock()
-    if wanted.kind == "folded":
-        simple = SimpleTokenizer(context_length=length, clean="canonicalize")
-        return lambda texts: simple(texts) % SIGLIP_VOCAB, threading.Lock()
-    if wanted.source is None:
-        return SimpleTokenizer(context_length=length), threading.Lock()
-    return SimpleTokenizer(bpe_path=wanted.source, context_length=length), threading.Lock()
+    simple = SimpleTokenizer(context_length=length, clean="canonicalize")
+    return lambda texts: simple(texts) % SIGLIP_VOCAB, threading.Lock()
 
 
 def copy_tokenizer(spec: TowerSpec, directory: Path) -> bool:

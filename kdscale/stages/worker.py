@@ -123,9 +123,14 @@ def stream_config(job: DistillJob) -> StreamConfig:
         views=recipe.views,
         captions=recipe.captions,
         cache=job.cache,
-        tokenizers={tower.tokens_name: partial(tokenizer, tower) for tower in towers},
+        tokenizers={tower.tokens_name: partial(_tokeniser, tower) for tower in towers},
         cpus_per_task=recipe.run.cpus_per_data_task,
     )
+
+
+def _tokeniser(tower: TowerSpec) -> Callable[[list[str]], Any]:
+    """Returns a tower's tokenizer as data tasks want it, without torch where it can be."""
+    return tokenizer(tower).ids
 
 
 def _scaling(run: Execution) -> ray.train.ScalingConfig:
