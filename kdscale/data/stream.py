@@ -66,6 +66,7 @@ class StreamConfig:
     tokenizers: Mapping[str, Callable[[], Tokenizer]] = field(default_factory=dict)
     cpus_per_task: float = 1.0
     prefetch_batches: int = 2
+    readers: int = 1
 
     def __post_init__(self) -> None:
         if self.num_workers < 1 or self.global_batch_size % self.num_workers:
@@ -147,11 +148,8 @@ def train_dataset(config: StreamConfig) -> ray.data.Dataset:
         dataset = dataset.repartition(target_num_rows_per_block=whole, strict=True)
         dataset = dataset.map_batches(dealer, batch_size=whole, **options)
     finisher = partial(finish, plan=plan)
-    if cpus == 1 and not dealt:
-        # Ray fuses the two, which saves a task and a copy per block; only at one CPU each.
-        dataset = dataset.map_batches(finisher, batch_size=rows, **options).repartition(**even)
-    else:
-        dataset = dataset.repartition(**even).map_batches(finisher, batch_size=rows, **options)
+    # The other way round Ray would fuse the two, and one task would do several blocks in a row.
+    dataset = dataset.repartition(**even).map_batches(finisher, batch_size=rows, **options)
     _configure(dataset, rows * config.row_bytes)
     return dataset
 
@@ -238,7 +236,10 @@ def _source(config: StreamConfig) -> ray.data.Dataset:
     # Half, because a reader waits for storage; and unlike the decoders, or Ray would fuse the
     # two and lose the rows that a block takes from two windows.
     return ray.data.read_datasource(
-        Shards(), override_num_blocks=len(segments), num_cpus=config.cpus_per_task / 2
+        Shards(),
+        override_num_blocks=len(segments),
+        num_cpus=config.cpus_per_task / 2,
+        concurrency=config.readers,
     )
 
 
