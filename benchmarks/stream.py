@@ -114,30 +114,36 @@ def _bare(paths: list[str], barrier: Any, results: Any) -> None:
 
 
 def kdscale_stream(pattern: str, epochs: int, storage: Path) -> list[dict[str, float]]:
-    """Measures the stream in a Train worker, twice in the same Ray: cold and warm start."""
+    """Measures the stream in a Train worker: its processes to be started (cold), then again."""
     import ray.train.torch
 
     from kdscale.core.config import DataSpec
     from kdscale.core.storage import Storage
     from kdscale.data.stream import StreamConfig, data_config, train_dataset
-    from kdscale.models.preprocess import TowerTokenizer
     from kdscale.stages.inputs import find_source
     from kdscale.sweep.schedule import start_ray
 
     source = find_source(DataSpec(name="bench", urls=pattern), Storage(str(storage)))
-    make = partial(TowerTokenizer, kind="bpe", source=None, context_length=77)
-    config = StreamConfig(source.manifest(), BATCH, (PX,), epochs=epochs, tokenizers={"t": make})
+    config = StreamConfig(
+        source.manifest(), BATCH, (PX,), epochs=epochs, tokenizers={"t": _tokenizer}
+    )
     start_ray()
     trainer = ray.train.torch.TorchTrainer(
         _consume,
         train_loop_config={"config": config, "out": str(storage / "measured.json")},
         scaling_config=ray.train.ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0.5}),
-        datasets={name: partial(train_dataset, config) for name in ("cold", "warm")},
-        dataset_config=data_config(),
+        datasets={"train": partial(train_dataset, config)},
+        dataset_config=data_config(num_cpus=(os.cpu_count() or 1) + 0.5),
         run_config=ray.train.RunConfig(storage_path=str(storage / "train")),
     )
     trainer.fit()
     return json.loads((storage / "measured.json").read_text())
+
+
+def _tokenizer() -> Any:
+    from kdscale.models.preprocess import TowerTokenizer
+
+    return TowerTokenizer(kind="bpe", source=None, context_length=77).ids
 
 
 def _consume(options: dict[str, Any]) -> None:
@@ -146,8 +152,9 @@ def _consume(options: dict[str, Any]) -> None:
     from kdscale.data.stream import TrainStream
 
     found: list[dict[str, float]] = []
-    for name in ("cold", "warm"):
-        stream = TrainStream(ray.train.get_dataset_shard(name), options["config"], 0)
+    shard = ray.train.get_dataset_shard("train")
+    for _ in ("cold", "warm"):
+        stream = TrainStream(shard, options["config"], 0)
         began = time.perf_counter()
         first, seen, steady, skip = 0.0, 0, 0.0, 12
         for batch in stream:

@@ -14,8 +14,8 @@ from kdscale.core.config import Choice, DataSpec, Distill, Execution, TowerSpec
 from kdscale.core.journal import JournalReader, JournalWriter, read_steps
 from kdscale.core.keys import content_key, describe_callable
 from kdscale.core.scale import MINI, PAPER, SCALES, resolve, scale_named, teacher_of
-from kdscale.core.storage import Lease, StageStore, Storage
-from kdscale.core.types import ConfigError, StorageError, UnknownField, UnknownName
+from kdscale.core.storage import Lease, StageStore, Storage, check_lease
+from kdscale.core.types import ConfigError, LeaseLost, StorageError, UnknownField, UnknownName
 
 
 def recipe(**fields: object) -> Distill:
@@ -181,3 +181,29 @@ def test_the_journal_keeps_the_last_attempt_of_a_step(tmp_path: Path) -> None:
     reader = JournalReader(stage)
     assert reader.new_lines()
     assert reader.new_lines() == []
+
+
+def test_a_kill_while_finishing_keeps_what_resuming_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = StageStore(Storage(str(tmp_path)), "distill", "k")
+    stage.storage.write(b"state", *stage.parts, "checkpoints", "step-000000008.pt")
+
+    def killed(*_: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage.storage, "remove", killed)
+    with pytest.raises(KeyboardInterrupt):
+        stage.finish({})
+    assert stage.is_done()
+
+
+def test_a_writer_that_lost_its_lease_stops(tmp_path: Path) -> None:
+    stage = StageStore(Storage(str(tmp_path)), "distill", "k")
+    lease = Lease.acquire(stage)
+    assert lease is not None
+    check_lease(stage, lease.token)
+    check_lease(stage, None)
+    stage.storage.write(b'{"token": "another"}', *stage.parts, "LEASE")
+    with pytest.raises(LeaseLost, match="taken over"):
+        check_lease(stage, lease.token)

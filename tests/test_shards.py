@@ -27,6 +27,7 @@ from kdscale.data.samples import BadImage, Crop, crop_box, decode, render, resiz
 from kdscale.data.shards import (
     Manifest,
     build_manifest,
+    check_labels,
     expand,
     read_good,
     read_labelled,
@@ -326,3 +327,23 @@ def test_one_box_serves_every_size():
     small = resize(views[64], 32).astype(float)
     assert np.abs(small - views[32]).mean() < 4
     assert json.dumps(sorted(views)) == "[32, 64]"
+
+
+def test_labels_must_name_classes(shards: str) -> None:
+    manifest = build_manifest(DataSpec(name="t", urls=shards), labelled=True, num_threads=1)
+    manifest = Manifest.from_json(manifest.to_json())
+    assert manifest.shards[0].labels == (0, 9)
+    check_labels(manifest, 10, "ten")
+    with pytest.raises(DataError, match="labels from 0 to 9, the benchmark 'few' has classes 0"):
+        check_labels(manifest, 9, "few")
+
+
+def test_what_a_cut_shard_lost_counts(tmp_path: Path, write_tar: Any) -> None:
+    for number in range(3):
+        parts = [p for i in range(20) for p in pair(f"{number}{i:03d}", i)]
+        path = write_tar(tmp_path / f"{number}.tar", parts)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    spec = DataSpec(name="t", urls=f"{tmp_path}/*.tar", max_bad_fraction=0.1)
+    with pytest.raises(TooManyBadSamples, match=r"allowed 10\.0%"):
+        build_manifest(spec)

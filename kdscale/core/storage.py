@@ -172,14 +172,28 @@ class StageStore:
         return self.storage.read_json(*self.parts, "stage.json")
 
     def finish(self, record: dict[str, Any]) -> None:
-        """Writes `stage.json`, drops the checkpoints, and marks the stage done, in this order."""
+        """Writes `stage.json`, marks the stage done, and drops the checkpoints, in this order."""
         self.storage.write_json(record, *self.parts, "stage.json")
-        self.storage.remove(*self.parts, "checkpoints")
         self.storage.write(b"", *self.parts, "DONE")
+        self.storage.remove(*self.parts, "checkpoints")
 
     def url(self, *parts: str) -> str:
         """Returns the URL of something in the stage's directory."""
         return self.storage.url(*self.parts, *parts)
+
+
+def check_lease(stage: StageStore, token: str | None) -> None:
+    """Checks that a stage is still this writer's; called before anything final is written.
+
+    Args:
+        stage: The stage.
+        token: Its lease's token, None where there is no other writer.
+
+    Raises:
+        LeaseLost: Somebody else has taken it over.
+    """
+    if token is not None and _holder(stage.storage, (*stage.parts, "LEASE")).get("token") != token:
+        raise LeaseLost(f"{stage.url()} was taken over by another writer; stopping here")
 
 
 class Lease:
@@ -189,7 +203,7 @@ class Lease:
     """
 
     def __init__(self, stage: StageStore, token: str) -> None:
-        self._stage, self._token = stage, token
+        self._stage, self.token = stage, token
         self._parts = (*stage.parts, "LEASE")
         self._stop = threading.Event()
         self._lost = False
@@ -217,11 +231,6 @@ class Lease:
             return None
         return cls(stage, token)
 
-    def check(self) -> None:
-        """Raises LeaseLost if somebody else has taken the stage over."""
-        if self._lost:
-            raise LeaseLost(f"{self._stage.url()} was taken over by another writer; stopping here")
-
     def __enter__(self) -> Lease:
         self._thread.start()
         return self
@@ -236,10 +245,10 @@ class Lease:
         """Beats until released; a storage fault is retried at the next beat."""
         while not self._stop.wait(HEARTBEAT_S):
             try:
-                if _holder(self._stage.storage, self._parts).get("token") != self._token:
+                if _holder(self._stage.storage, self._parts).get("token") != self.token:
                     self._lost = True
                     return
-                self._stage.storage.write(_beat(self._token), *self._parts)
+                self._stage.storage.write(_beat(self.token), *self._parts)
             except (OSError, StorageError):
                 continue
 

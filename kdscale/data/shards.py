@@ -45,6 +45,9 @@ __all__ = [
 ]
 
 
+CUT = "truncated_tar"
+
+
 @dataclass(frozen=True)
 class ShardEntry:
     """What the manifest knows of one shard.
@@ -54,6 +57,7 @@ class ShardEntry:
         keys_digest: Hash of the usable samples' keys, in order.
         quarantine: (index, key, cause) of every unusable sample.
         take: How many of the usable samples one epoch uses; None for all.
+        labels: Smallest and largest label, None where none is required.
     """
 
     path: str
@@ -63,6 +67,7 @@ class ShardEntry:
     keys_digest: str
     quarantine: tuple[tuple[int, str, str], ...] = ()
     take: int | None = None
+    labels: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.take is not None and not 0 < self.take <= self.num_samples:
@@ -156,7 +161,11 @@ class Manifest:
         try:
             value = json.loads(text)
             shards = tuple(
-                ShardEntry(**s | {"quarantine": tuple((i, k, c) for i, k, c in s["quarantine"])})
+                ShardEntry(
+                    **s
+                    | {"quarantine": tuple((i, k, c) for i, k, c in s["quarantine"])}
+                    | {"labels": tuple(s["labels"]) if s.get("labels") else None}
+                )
                 for s in value["shards"]
             )
             manifest = cls(shards, value["labelled"], version=value["version"])
@@ -211,7 +220,7 @@ def check_fraction(manifest: Manifest, allowed: float) -> None:
     Raises:
         TooManyBadSamples: More is.
     """
-    bad = sum(manifest.causes().values())
+    bad = sum(manifest.causes().values()) + _cut_off(manifest)
     total = bad + sum(shard.num_samples for shard in manifest.distinct)
     if bad <= allowed * total:
         return
@@ -228,6 +237,28 @@ def check_fraction(manifest: Manifest, allowed: float) -> None:
     )
 
 
+def _cut_off(manifest: Manifest) -> int:
+    """Guesses how many samples truncated shards lost: what they lack of a usual shard."""
+    sizes = {s.path: s.num_samples + len(s.quarantine) for s in manifest.distinct}
+    usual = sorted(sizes.values())[len(sizes) // 2]
+    cut = {s.path for s in manifest.distinct for *_, cause in s.quarantine if cause == CUT}
+    return sum(max(0, usual - sizes[path]) for path in cut)
+
+
+def check_labels(manifest: Manifest, num_classes: int, name: str) -> None:
+    """Checks that every label names a class.
+
+    Raises:
+        DataError: One does not; it would be scored as a mistake.
+    """
+    for shard in manifest.shards:
+        if shard.labels is not None and not 0 <= shard.labels[0] <= shard.labels[1] < num_classes:
+            raise DataError(
+                f"{shard.path} has labels from {shard.labels[0]} to {shard.labels[1]}, the "
+                f"benchmark {name!r} has classes 0 to {num_classes - 1}; labels count from 0"
+            )
+
+
 def verify_shard(path: str, *, labelled: bool = False) -> ShardEntry:
     """Reads and decodes one whole shard.
 
@@ -239,6 +270,7 @@ def verify_shard(path: str, *, labelled: bool = False) -> ShardEntry:
     keys = hashlib.blake2b(digest_size=16)
     seen: set[str] = set()
     good = 0
+    labels: list[int] = []
     quarantine: list[tuple[int, str, str]] = []
     for sample in read_shard(inner, fs, checksum):
         cause = "duplicate_key" if sample.key in seen else find_fault(sample, labelled)
@@ -246,6 +278,7 @@ def verify_shard(path: str, *, labelled: bool = False) -> ShardEntry:
         if cause is None:
             good += 1
             keys.update(sample.key.encode() + b"\0")
+            labels += [sample.meta["label"]] if labelled else []
         else:
             quarantine.append((sample.index, sample.key, cause))
     if not good:
@@ -256,13 +289,15 @@ def verify_shard(path: str, *, labelled: bool = False) -> ShardEntry:
             "Remove it from the pattern or write it again."
         )
     digests = checksum.hexdigest(), keys.hexdigest()
-    return ShardEntry(path, size, digests[0], good, digests[1], tuple(quarantine))
+    extremes = (min(labels), max(labels)) if labels else None
+    bad = tuple(quarantine)
+    return ShardEntry(path, size, digests[0], good, digests[1], bad, labels=extremes)
 
 
 def find_fault(sample: RawSample, labelled: bool = False) -> str | None:
     """Names what makes a sample unusable, cheap checks first; None where nothing does."""
     if sample.cut:
-        return "truncated_tar"
+        return CUT
     if not sample.jpg:
         return "missing_image"
     if not labelled and sample.txt is None:

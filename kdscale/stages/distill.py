@@ -21,7 +21,7 @@ from kdscale.core.types import CacheMissing, CheckpointError, ConfigError
 from kdscale.data.samples import Batch
 from kdscale.data.sidecars import read_summary
 from kdscale.losses.heads import MAX_LOG_SCALE, DistillHeads
-from kdscale.losses.recipes import LossFlags, weights_for
+from kdscale.losses.recipes import LossFlags, active_terms, weights_for
 from kdscale.models.batchnorm import collecting, commit_running_stats, group_batchnorm
 from kdscale.models.droppath import mask_patches, sampled_drop_path, set_draws
 from kdscale.models.towers import load_tower, normalise
@@ -40,6 +40,8 @@ from kdscale.stages.loop import (
     micro_batches,
     parameter_groups,
 )
+
+SIGMOID_BIAS = -10.0
 
 
 class Encoder(nn.Module):
@@ -94,7 +96,11 @@ class DistillTask:
     def _build_student(self, storage: Storage) -> Tower:
         spec = self.recipe.student
         assert isinstance(spec, TowerSpec)
-        model = load_tower(spec, storage, seed=self.recipe.seed, drop_path=self.recipe.drop_path)
+        options: dict[str, Any] = {"drop_path": self.recipe.drop_path}
+        loss = self.recipe.loss
+        if not callable(loss) and "sigmoid" in active_terms(weights_for(loss, self.flags)):
+            options["logit_bias"] = SIGMOID_BIAS  # SigLIP's start; a pair with its own keeps it
+        model = load_tower(spec, storage, seed=self.recipe.seed, **options)
         group_batchnorm(model, self.recipe.bn_group)
         sampled_drop_path(model)
         return Tower(model.to(self.world.device).train(), spec)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from kdscale.core.storage import Storage
+from kdscale.core.storage import Storage, check_lease
 from kdscale.core.types import ShardChanged
 from kdscale.data.raw import RawSample
 from kdscale.data.samples import BadImage, crop_box, decode, resize
@@ -73,6 +73,7 @@ def finish(job: EmbedJob, summary: dict[str, Any], seconds: float) -> None:
         summary: What `Embedder.summary` returned.
         seconds: Wall-clock time of this attempt.
     """
+    check_lease(job.stage, job.lease)
     storage, parts = job.stage.storage, (*job.stage.parts, "output")
     storage.write_json(summary, *parts, SUMMARY)
     job.stage.finish(job.record | {"seconds": round(seconds, 1), "cache": summary})

@@ -28,6 +28,7 @@ class DistillJob:
         data: Manifest of the training data.
         zero_shot_data: Manifest of the benchmark's images.
         record: What `stage.json` will say.
+        lease: Token of the lease under which it runs, None where nobody else can write.
     """
 
     kind: str
@@ -38,6 +39,7 @@ class DistillJob:
     data: Manifest
     zero_shot_data: Manifest | None
     record: dict[str, Any]
+    lease: str | None = None
 
     @property
     def stage(self) -> StageStore:
@@ -76,6 +78,7 @@ class EmbedJob:
         recipe: Resolved recipe.
         data: Manifest of the data.
         record: What `stage.json` will say.
+        lease: As of `DistillJob`.
     """
 
     key: str
@@ -83,6 +86,7 @@ class EmbedJob:
     recipe: Embed
     data: Manifest
     record: dict[str, Any]
+    lease: str | None = None
     kind: str = Embed.kind
 
     @property

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from kdscale.core.checkpoints import Checkpoints
 from kdscale.core.journal import JournalWriter
+from kdscale.core.storage import check_lease
 from kdscale.core.types import TrainingDiverged
 from kdscale.data.samples import Batch
 from kdscale.models.towers import save_clip
@@ -130,6 +131,7 @@ class Run:
             self.scores = self.evaluator.run(self.task.student, self.task.teacher)
             line |= self.scores.metrics
         if self.world.is_first:
+            check_lease(self.job.stage, self.job.lease)
             self.journal.append(line)
             self.journal.flush()
             self.checkpoints.save(line["step"], self.task.state(line["step"]))
@@ -140,6 +142,7 @@ class Run:
         if self.evaluator is not None and self.scores is None:
             self.scores = self.evaluator.run(self.task.student, self.task.teacher)
         if self.world.is_first:
+            check_lease(self.job.stage, self.job.lease)
             self._write_output()
             seconds = round(time.time() - self.started, 1)
             self.job.stage.finish(self.job.record | {"seconds": seconds})

@@ -30,10 +30,11 @@ from kdscale.core.config import Distill, Embed, Execution, TowerSpec
 from kdscale.core.keys import describe
 from kdscale.core.storage import Lease, Storage
 from kdscale.core.types import ImpossibleResources, StageFailed
-from kdscale.data.shards import Manifest
+from kdscale.data.shards import Manifest, check_labels
 from kdscale.stages.inputs import find_source
 from kdscale.stages.jobs import DistillJob, EmbedJob
 from kdscale.sweep.grid import Sweep
+from kdscale.sweep.outcomes import num_classes
 from kdscale.sweep.plan import Plan, PlannedTrial, Stage, total_steps
 
 WAIT_FOR_WRITER_S = 1.0
@@ -236,29 +237,32 @@ def run_stages(path: Sequence[Stage], storage: Storage) -> None:
         if not pending:
             return
         with ExitStack() as leases:
-            held = [Lease.acquire(stage.store(storage)) for stage in pending]
-            for lease in held:
-                if lease is not None:
-                    leases.enter_context(lease)
-            if all(held):
-                _run_in_turn(pending, storage)
+            tokens: list[str] = []
+            for stage in pending:
+                lease = Lease.acquire(stage.store(storage))
+                if lease is None:
+                    break
+                tokens.append(leases.enter_context(lease).token)  # it beats from here on
+            else:
+                _run_in_turn(pending, tokens, storage)
                 continue
         time.sleep(WAIT_FOR_WRITER_S)
 
 
-def _run_in_turn(stages: Sequence[Stage], storage: Storage) -> None:
+def _run_in_turn(stages: Sequence[Stage], tokens: Sequence[str], storage: Storage) -> None:
     """Runs stages one after the other; neighbours that train share a group of workers."""
     from kdscale.stages.worker import embed, fit
 
-    for embeds, group in groupby(stages, lambda stage: isinstance(stage.recipe, Embed)):
+    pairs = list(zip(stages, tokens, strict=True))
+    for embeds, group in groupby(pairs, lambda pair: isinstance(pair[0].recipe, Embed)):
         if embeds:
-            for stage in group:
-                embed(_embed_job(stage, storage))
+            for stage, token in group:
+                embed(_embed_job(stage, token, storage))
         else:
-            fit([_job(stage, storage) for stage in group])
+            fit([_job(stage, token, storage) for stage, token in group])
 
 
-def _job(stage: Stage, storage: Storage) -> DistillJob:
+def _job(stage: Stage, token: str, storage: Storage) -> DistillJob:
     """Returns what the workers are told."""
     recipe: Any = stage.recipe
     data = find_source(recipe.data, storage).manifest()
@@ -274,14 +278,15 @@ def _job(stage: Stage, storage: Storage) -> DistillJob:
         data=data,
         zero_shot_data=benchmark,
         record=_record(stage, data) | {"total_steps": steps},
+        lease=token,
     )
 
 
-def _embed_job(stage: Stage, storage: Storage) -> EmbedJob:
+def _embed_job(stage: Stage, token: str, storage: Storage) -> EmbedJob:
     """Returns what the embedders are told."""
     recipe: Any = stage.recipe
     data = find_source(recipe.data, storage, labelled=recipe.views == 0).manifest()
-    return EmbedJob(stage.key, storage.root, recipe, data, _record(stage, data))
+    return EmbedJob(stage.key, storage.root, recipe, data, _record(stage, data), token)
 
 
 def _record(stage: Stage, data: Manifest) -> dict[str, Any]:
@@ -325,7 +330,10 @@ def prepare(plan: Plan, progress: Any) -> None:
             wanted.append((recipe.zero_shot.data, True))  # pyright: ignore[reportAttributeAccessIssue]
         for spec, labelled in wanted:
             source = find_source(spec, plan.storage, labelled=labelled, progress=progress)
-            source.manifest(progress)
+            manifest = source.manifest(progress)
+            if labelled and isinstance(recipe, Distill):
+                benchmark: Any = recipe.zero_shot
+                check_labels(manifest, num_classes(benchmark), benchmark.name)
 
 
 def raise_failures(failures: Sequence[TrialFailure]) -> None:
