@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from kdscale.cli_bench import bench
 from kdscale.cli_data import data_app
 from kdscale.core.config import Execution
 from kdscale.core.scale import Scale, scale_named
@@ -24,6 +25,7 @@ from kdscale.sweep.plan import Plan, make_plan
 from kdscale.terminal import AsJson, StorageRoot, console, guarded
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+data_app.command("bench")(bench)
 app.add_typer(data_app, name="data")
 
 Files = Annotated[list[Path], typer.Argument(help="Sweep files.", exists=True, dir_okay=False)]

@@ -20,8 +20,9 @@ LAYERS = {
     "mini": 1,
     "stages": 2,
     "sweep": 3,
-    "cli": 4,
-    "cli_data": 3,
+    "cli": 5,
+    "cli_bench": 4,
+    "cli_data": 4,
     "terminal": 1,
 }
 UPWARD = {("sweep/grid.py", "cli")}  # `sweep.main()` makes a sweep file a program

@@ -45,7 +45,7 @@ class Reading:
 
 
 def read_segment(
-    segment: Segment, entries: tuple[ShardEntry, ...], reading: Reading
+    segment: Segment, entries: tuple[ShardEntry, ...], reading: Reading = Reading()
 ) -> Iterator[pa.Table]:
     """Reads the compressed samples of a segment, in order.
 
