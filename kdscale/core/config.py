@@ -252,7 +252,7 @@ class Embed(Recipe):
     """
 
     kind: ClassVar[str] = "embed"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     teacher: TowerSpec
     data: DataSpec
@@ -291,7 +291,7 @@ class Distill(Recipe):
     """
 
     kind: ClassVar[str] = "distill"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     student: str | TowerSpec
     teacher: str | TowerSpec | None = None
