@@ -64,11 +64,15 @@ def _common_scale(sweeps: Sequence[Sweep]) -> str | Scale:
 
 
 def parse_data(patterns: Sequence[str]) -> dict[str, str]:
-    """Turns `--data` options into {data set: pattern}; the empty name stands for all others."""
+    """Turns `--data` options into {data set: pattern}; the empty name stands for all others.
+
+    An `=` behind a `/` or `:` belongs to the pattern (`s3://bucket/date=2024/*.tar`).
+    """
     paths: dict[str, str] = {}
     for item in patterns:
         name, found, pattern = item.partition("=")
-        paths |= {name: pattern} if found else {"": item}
+        is_named = found and not {"/", ":"} & set(name)
+        paths |= {name: pattern} if is_named else {"": item}
     return paths
 
 

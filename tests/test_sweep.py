@@ -106,6 +106,8 @@ def test_settings_and_data_are_parsed() -> None:
     assert fields["run"].num_workers == 2
     assert fields["run"].checkpoint_every == MINI.run.checkpoint_every
     assert parse_data(["a={0..1}.tar", "*.tar"]) == {"a": "{0..1}.tar", "": "*.tar"}
+    dated = "s3://b/date=2024/*.tar"
+    assert parse_data([dated, f"a={dated}"]) == {"": dated, "a": dated}
     with pytest.raises(ConfigError, match="FIELD=VALUE"):
         parse_settings(["lr"], MINI)
     with pytest.raises(UnknownField):
@@ -156,6 +158,18 @@ def test_bad_input_is_a_clear_line_and_exit_2(
     result = CliRunner().invoke(app, ["run", *options, "--storage", str(tmp_path)])
     assert result.exit_code == 2
     assert message in result.output.replace("\n", " ")
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("root", "message"), [("/proc/nope", "/proc/nope"), ("nosuch://x", "nosuch")]
+)
+def test_a_storage_that_cannot_be_is_a_clear_line(root: str, message: str) -> None:
+    line = ["run", str(SWEEPS / "quickstart.py"), "--storage", root]
+    result = CliRunner().invoke(app, line)
+    assert result.exit_code == 2
+    assert "StorageError" in result.output
+    assert message in result.output
     assert "Traceback" not in result.output
 
 

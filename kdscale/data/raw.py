@@ -308,7 +308,7 @@ def _columns(path: str, schema: Any) -> tuple[str, str | None, list[str]]:
                 f"column {name} of {path} holds {schema.field(name).type}, not {wanted}. Write "
                 "the shard again with that column converted, or leave it out of the pattern."
             )
-    return image, text, [name for name in (image, text, "json", "key") if name in names]
+    return image, text, [n for n in (image, text, "json", "key") if n is not None and n in names]
 
 
 def _fits(kind: Any, *, is_image: bool) -> bool:

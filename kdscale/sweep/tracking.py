@@ -25,6 +25,7 @@ from pydantic import BaseModel
 from kdscale.core.config import Distill
 from kdscale.core.journal import JournalReader, Line
 from kdscale.core.storage import Storage
+from kdscale.core.types import StorageError
 from kdscale.sweep.plan import Plan, Stage
 
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -40,9 +41,16 @@ MAX_METRICS_PER_CALL = 900
 
 
 def default_tracking_uri(storage: Storage) -> str:
-    """Returns a SQLite file in a local storage root, or in the working directory."""
+    """Returns a SQLite file in a local storage root, or in the working directory.
+
+    Raises:
+        StorageError: The root cannot be made.
+    """
     root = storage.root if storage.is_local else os.getcwd()
-    os.makedirs(root, exist_ok=True)
+    try:
+        os.makedirs(root, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot make {root}: {error}; choose another --storage") from error
     return f"sqlite:///{root}/mlflow.db"
 
 
