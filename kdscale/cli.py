@@ -21,6 +21,7 @@ from kdscale.core.storage import Storage
 from kdscale.core.types import ConfigError
 from kdscale.sweep.grid import Sweep
 from kdscale.sweep.plan import Plan, make_plan
+from kdscale.sweep.tracking import redacted
 from kdscale.terminal import AsJson, StorageRoot, console, guarded
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
@@ -79,8 +80,12 @@ def parse_data(patterns: Sequence[str]) -> dict[str, str]:
 def parse_settings(settings: Sequence[str], scale: Scale) -> dict[str, Any]:
     """Turns `--set` options into recipe fields; `distill.` in front of a field is allowed.
 
+    Returns:
+        {field: value}; `run` holds only the fields of the execution that are to change.
+
     Raises:
         ConfigError: If an option is not of the form `a.b=value`.
+        UnknownField: If `run` has no such field.
     """
     fields: dict[str, Any] = {}
     run: dict[str, Any] = {}
@@ -98,7 +103,8 @@ def parse_settings(settings: Sequence[str], scale: Scale) -> dict[str, Any]:
         else:
             fields[name] = value
     if run:
-        fields["run"] = Execution(**(scale.run.model_dump() | run))
+        Execution(**(scale.run.model_dump() | run))
+        fields["run"] = run
     return fields
 
 
@@ -159,8 +165,8 @@ def sweep_command(action: Callable[[Request], None]) -> Callable[..., None]:
 
 
 def _run_command() -> str:
-    """Returns the command that runs what this one was asked about."""
-    program, *options = sys.argv
+    """Returns the command that runs what this one was asked about, without passwords."""
+    program, *options = map(redacted, sys.argv)
     if Path(program).suffix == ".py":
         return shlex.join(["python", program, *options])
     return shlex.join(["kdscale", "run", *(option for option in options[1:] if option != "--json")])
