@@ -18,6 +18,8 @@ from kdscale.core.scale import MINI, PAPER, SCALES, resolve, scale_named, teache
 from kdscale.core.storage import Lease, StageStore, Storage
 from kdscale.core.types import ConfigError, StorageError, UnknownField, UnknownName
 from kdscale.data.raw import expand
+from kdscale.sweep.plan import Stage
+from kdscale.sweep.progress import stage_state
 
 
 def recipe(**fields: object) -> Distill:
@@ -179,6 +181,33 @@ def test_a_lease_outlives_a_fault_of_the_storage(
             time.sleep(0.01)
         monkeypatch.undo()
         lease.check()
+
+
+def _state(stage: StageStore) -> str:
+    fields: dict[str, object] = dict.fromkeys(("num_samples", "total_steps", "flops", "bytes_out"))
+    fields |= {"kind": stage.kind, "key": stage.key, "name": "x", "inputs": (), "reused": False}
+    planned = Stage(recipe=resolve(recipe(), MINI), **fields)  # pyright: ignore
+    return stage_state(planned, stage.storage)[0]
+
+
+def test_status_tells_the_dead_from_the_living(tmp_path: Path) -> None:
+    stage = StageStore(Storage(str(tmp_path)), "distill", "k" * 16)
+    assert _state(stage) == "waiting"
+    process = multiprocessing.get_context("fork").Process(
+        target=_leave_a_lease, args=(str(tmp_path),)
+    )
+    process.start()
+    process.join()
+    assert _state(stage) == "interrupted"
+    for age_s, expected in ((1, "running"), (60, "interrupted")):
+        foreign = {"host": "elsewhere", "pid": 1, "beat": time.time_ns() - int(age_s * 1e9)}
+        stage.storage.write(json.dumps(foreign).encode(), *stage.parts, "LEASE")
+        assert _state(stage) == expected
+    stage.storage.remove(*stage.parts, "LEASE")
+    lease = Lease.acquire(stage)
+    assert lease is not None
+    with lease:
+        assert _state(stage) == "running"
 
 
 def _leave_a_lease(root: str) -> None:

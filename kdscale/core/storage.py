@@ -235,6 +235,20 @@ class Lease:
             return None
         return cls(stage, token)
 
+    @staticmethod
+    def seems_held(stage: StageStore) -> bool:
+        """Tells at a glance whether a living writer holds the stage; for display only.
+
+        On this host its process is looked for; elsewhere the age of its last heartbeat counts,
+        which is wrong where the hosts' clocks differ by more than `LEASE_TIMEOUT_S`.
+        """
+        holder = _holder(stage.storage, (*stage.parts, "LEASE"))
+        if not holder:
+            return False
+        if holder.get("host") == socket.gethostname():
+            return _process_start(holder["pid"]) == holder["started"]
+        return time.time_ns() - holder.get("beat", 0) < LEASE_TIMEOUT_S * 1e9
+
     def check(self) -> None:
         """Raises LeaseLost if somebody else has taken the stage over."""
         if self._lost:

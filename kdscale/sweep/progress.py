@@ -11,7 +11,7 @@ from rich.tree import Tree
 
 from kdscale.core.config import Distill
 from kdscale.core.journal import Line, read_steps
-from kdscale.core.storage import Storage
+from kdscale.core.storage import Lease, Storage
 from kdscale.sweep.grid import label
 from kdscale.sweep.plan import Plan, Stage
 
@@ -67,9 +67,10 @@ def stage_state(stage: Stage, storage: Storage) -> tuple[str, str]:
         return "done", ""
     lines = read_steps(store)
     detail = describe_line(lines[-1], stage.total_steps) if lines else ""
-    if storage.exists(*store.parts, "LEASE"):
+    if Lease.seems_held(store):
         return "running", detail
-    return ("interrupted", detail) if lines else ("waiting", "")
+    was_begun = lines or storage.exists(*store.parts, "LEASE")
+    return ("interrupted", detail) if was_begun else ("waiting", "")
 
 
 def print_status(plan: Plan, console: Console) -> None:
