@@ -15,10 +15,12 @@ from typer.testing import CliRunner
 
 from kdscale import Distill, Execution, Sweep, choose, product, zipped
 from kdscale.cli import _run_command, app, load_sweep, parse_data, parse_settings
+from kdscale.core.config import DataSpec
 from kdscale.core.scale import MINI, PAPER
 from kdscale.core.storage import Storage
 from kdscale.core.types import ConfigError, ImpossibleResources, UnknownField
 from kdscale.sweep.plan import Plan, Stage, make_plan
+from kdscale.sweep.progress import print_plan
 from kdscale.sweep.run import _print_place
 from kdscale.sweep.tracking import flatten, viewing
 
@@ -182,6 +184,42 @@ def test_a_storage_that_cannot_be_is_a_clear_line(root: str, message: str) -> No
     assert "StorageError" in result.output
     assert message in result.output
     assert "Traceback" not in result.output
+
+
+def test_a_plan_without_data_is_estimated(tmp_path: Path) -> None:
+    recipe = Distill(student="vit_t16", teacher="clip_b16", zero_shot=None, epochs=2)
+    plan = plan_of(Sweep(name="x", stages=[recipe]), tmp_path, PAPER)
+    (stage,) = plan.stages.values()
+    assert stage.total_steps == 2 * (10_968_539 // 4096)
+    document = plan.document()
+    assert document["stages"][0]["estimated"] is document["cost"]["estimated"] is True
+    assert document["teacher_cache"]["estimated"] is True
+    assert document["cost"]["flops"] == stage.flops > 0
+    said = printed(plan)
+    assert "about 5354 steps" in said
+    assert said.count("(estimated: data not at hand)") == 2
+
+
+def test_a_plan_of_data_that_nothing_is_known_of_says_so(tmp_path: Path) -> None:
+    data = DataSpec(name="mine", urls="/nowhere/*.tar")
+    recipe = Distill(student="vit_t16", teacher="clip_b16", data=data, zero_shot=None)
+    plan = plan_of(Sweep(name="x", stages=[recipe]), tmp_path, PAPER)
+    cost = plan.document()["cost"]
+    assert (cost["flops"], cost["gpu_hours"], cost["estimated"]) == (None, None, False)
+    assert "unknown steps" in printed(plan)
+    assert "1 of 1 stages, work unknown, " in printed(plan)
+
+
+def test_a_plan_with_data_is_not_estimated(tmp_path: Path) -> None:
+    plan = plan_of(load_sweep(SWEEPS / "quickstart.py"), tmp_path)
+    assert plan.document()["cost"]["estimated"] is False
+    assert "estimated" not in printed(plan)
+
+
+def printed(plan: Plan) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    print_plan(plan, console)
+    return console.file.getvalue()  # pyright: ignore
 
 
 def test_plan_prints_json(tmp_path: Path) -> None:
