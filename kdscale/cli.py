@@ -22,6 +22,7 @@ from kdscale.core.storage import Storage
 from kdscale.core.types import ConfigError
 from kdscale.sweep.grid import Sweep
 from kdscale.sweep.plan import Plan, make_plan
+from kdscale.sweep.tracking import redacted
 from kdscale.terminal import AsJson, StorageRoot, console, guarded
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
@@ -66,19 +67,27 @@ def _common_scale(sweeps: Sequence[Sweep]) -> str | Scale:
 
 
 def parse_data(patterns: Sequence[str]) -> dict[str, str]:
-    """Turns `--data` options into {data set: pattern}; the empty name stands for all others."""
+    """Turns `--data` options into {data set: pattern}; the empty name stands for all others.
+
+    An `=` behind a `/` or `:` belongs to the pattern (`s3://bucket/date=2024/*.tar`).
+    """
     paths: dict[str, str] = {}
     for item in patterns:
         name, found, pattern = item.partition("=")
-        paths |= {name: pattern} if found else {"": item}
+        is_named = found and not {"/", ":"} & set(name)
+        paths |= {name: pattern} if is_named else {"": item}
     return paths
 
 
 def parse_settings(settings: Sequence[str], scale: Scale) -> dict[str, Any]:
     """Turns `--set` options into recipe fields; `distill.` in front of a field is allowed.
 
+    Returns:
+        {field: value}; `run` holds only the fields of the execution that are to change.
+
     Raises:
         ConfigError: If an option is not of the form `a.b=value`.
+        UnknownField: If `run` has no such field.
     """
     fields: dict[str, Any] = {}
     run: dict[str, Any] = {}
@@ -96,7 +105,8 @@ def parse_settings(settings: Sequence[str], scale: Scale) -> dict[str, Any]:
         else:
             fields[name] = value
     if run:
-        fields["run"] = Execution(**(scale.run.model_dump() | run))
+        Execution(**(scale.run.model_dump() | run))
+        fields["run"] = run
     return fields
 
 
@@ -157,8 +167,8 @@ def sweep_command(action: Callable[[Request], None]) -> Callable[..., None]:
 
 
 def _run_command() -> str:
-    """Returns the command that runs what this one was asked about."""
-    program, *options = sys.argv
+    """Returns the command that runs what this one was asked about, without passwords."""
+    program, *options = map(redacted, sys.argv)
     if Path(program).suffix == ".py":
         return shlex.join(["python", program, *options])
     return shlex.join(["kdscale", "run", *(option for option in options[1:] if option != "--json")])

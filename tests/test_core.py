@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ from kdscale.core.keys import content_key, describe_callable
 from kdscale.core.scale import MINI, PAPER, SCALES, resolve, scale_named, teacher_of
 from kdscale.core.storage import Lease, StageStore, Storage, check_lease
 from kdscale.core.types import ConfigError, LeaseLost, StorageError, UnknownField, UnknownName
+from kdscale.data.raw import expand
+from kdscale.sweep.plan import Stage
+from kdscale.sweep.progress import stage_state
 
 
 def recipe(**fields: object) -> Distill:
@@ -121,6 +125,23 @@ def test_storage_writes_whole_files_or_none(tmp_path: Path) -> None:
         storage.read("a", "c.txt")
 
 
+def test_faults_of_the_disk_are_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    blocked = Storage(str(tmp_path / "file"))
+    for act in (lambda: blocked.write(b"", "a"), lambda: blocked.create(b"", "a", "b")):
+        with pytest.raises(StorageError, match=r"cannot write .*--storage"):
+            act()
+    with pytest.raises(StorageError, match="cannot read"):
+        Storage(str(tmp_path)).read(".")
+
+
+def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Storage("~/runs").root == f"{tmp_path}/runs"
+    (tmp_path / "a.tar").write_bytes(b"")
+    assert expand("~/*.tar") == [f"{tmp_path}/a.tar"]
+
+
 def test_storage_works_on_other_filesystems() -> None:
     storage = Storage("memory://runs")
     stage = StageStore(storage, "distill", "k" * 16)
@@ -138,6 +159,55 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
     with first:
         assert Lease.acquire(stage) is None
     assert Lease.acquire(stage) is not None
+
+
+def test_a_lease_outlives_a_fault_of_the_storage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage_module, "HEARTBEAT_S", 0.02)
+    stage = StageStore(Storage(str(tmp_path)), "distill", "k" * 16)
+    lease = Lease.acquire(stage)
+    assert lease is not None
+    reads = 0
+
+    def refuse(*_: object) -> bytes:
+        nonlocal reads
+        reads += 1
+        raise PermissionError("not now")
+
+    with lease:
+        monkeypatch.setattr(stage.storage.fs, "cat_file", refuse)
+        while reads < 2:
+            time.sleep(0.01)
+        monkeypatch.undo()
+        lease.check()
+
+
+def _state(stage: StageStore) -> str:
+    fields: dict[str, object] = dict.fromkeys(("num_samples", "total_steps", "flops", "bytes_out"))
+    fields |= {"kind": stage.kind, "key": stage.key, "name": "x", "inputs": (), "reused": False}
+    planned = Stage(recipe=resolve(recipe(), MINI), **fields)  # pyright: ignore
+    return stage_state(planned, stage.storage)[0]
+
+
+def test_status_tells_the_dead_from_the_living(tmp_path: Path) -> None:
+    stage = StageStore(Storage(str(tmp_path)), "distill", "k" * 16)
+    assert _state(stage) == "waiting"
+    process = multiprocessing.get_context("fork").Process(
+        target=_leave_a_lease, args=(str(tmp_path),)
+    )
+    process.start()
+    process.join()
+    assert _state(stage) == "interrupted"
+    for age_s, expected in ((1, "running"), (60, "interrupted")):
+        foreign = {"host": "elsewhere", "pid": 1, "beat": time.time_ns() - int(age_s * 1e9)}
+        stage.storage.write(json.dumps(foreign).encode(), *stage.parts, "LEASE")
+        assert _state(stage) == expected
+    stage.storage.remove(*stage.parts, "LEASE")
+    lease = Lease.acquire(stage)
+    assert lease is not None
+    with lease:
+        assert _state(stage) == "running"
 
 
 def _leave_a_lease(root: str) -> None:

@@ -21,6 +21,7 @@ import pytest
 from conftest import jpeg, pair
 from PIL import Image
 
+from kdscale.core.catalog_mini import MINI_STUDENTS
 from kdscale.core.config import DataSpec
 from kdscale.core.types import DataError, EmptyShard, NoShards, ShardChanged, TooManyBadSamples
 from kdscale.data.samples import BadImage, Crop, crop_box, decode, render, resize
@@ -33,6 +34,8 @@ from kdscale.data.shards import (
     read_labelled,
     read_tar,
 )
+from kdscale.models import preprocess
+from kdscale.models.preprocess import eval_crop
 
 LOCAL = fsspec.filesystem("file")
 
@@ -259,6 +262,40 @@ def test_parquet_shards(tmp_path: Path):
         manifest_of(tmp_path / "c.parquet")
 
 
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ({"json": [{"label": 1}]}, r"column json of .*a\.parquet holds struct<label: int64>"),
+        ({"txt": [["a", "b"]]}, r"column txt of .*a\.parquet holds list<"),
+        ({"jpg": ["aGVsbG8="]}, r"column jpg of .*a\.parquet holds string, not encoded images"),
+    ],
+)
+def test_parquet_columns_of_other_types_are_named(tmp_path: Path, column: Any, message: str):
+    table = pa.table({"jpg": [jpeg(0)], "txt": ["a"]} | column)
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=message):
+        manifest_of(tmp_path / "a.parquet")
+
+
+def test_files_that_are_no_shards_are_named(tmp_path: Path):
+    pq.write_table(pa.table({"jpg": [jpeg(0)], "txt": ["a"]}), tmp_path / "whole.parquet")
+    whole = (tmp_path / "whole.parquet").read_bytes()
+    damaged = whole[:4] + bytes(len(whole) // 2) + whole[4 + len(whole) // 2 :]
+    for number, data in enumerate((whole[:-20], b"", damaged)):
+        (tmp_path / f"{number}.parquet").write_bytes(data)
+        with pytest.raises(DataError, match=rf"{number}\.parquet cannot be read as Parquet"):
+            manifest_of(tmp_path / f"{number}.parquet")
+    (tmp_path / "folder.tar").mkdir()
+    with pytest.raises(DataError, match=r"folder\.tar is a directory"):
+        manifest_of(tmp_path / "*.tar")
+
+
+def test_json_nested_without_end_is_bad_json(tmp_path: Path, write_tar):
+    deep = ("bad.json", b'{"a":' * 200_000 + b"1" + b"}" * 200_000)
+    path = write_tar(tmp_path / "a.tar", [*pair("first", 1), *pair("bad", 2)[:2], deep])
+    assert manifest_of(path).causes() == {"bad_json": 1}
+
+
 def test_labels(tmp_path: Path, write_tar):
     parts = [p for i in range(4) for p in pair(f"k{i}", i) if not p[0].endswith("txt")]
     path = write_tar(
@@ -289,6 +326,35 @@ def test_decode_reads_every_kind():
         assert got.dtype == np.uint8
         reference = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), float)
         assert np.abs(got - reference).mean() < 2, (kind, mode)
+
+
+def test_sixteen_bits_of_grey_are_scaled():
+    ramp = np.linspace(0, 65_535, 48 * 40).astype(np.uint16).reshape(40, 48)
+    out = io.BytesIO()
+    Image.fromarray(ramp).save(out, "PNG")
+    assert np.array_equal(decode(out.getvalue()), np.repeat(ramp[..., None] >> 8, 3, axis=2))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_thread_of_an_image_is_cropped_before_it_is_resized(
+    turned: bool, monkeypatch: pytest.MonkeyPatch
+):
+    spec = MINI_STUDENTS["vit_t16"].replace(image_px=32)
+    thread = np.random.default_rng(0).integers(90, 160, (7, 7 * 201, 3), np.uint8)
+    thread = thread.transpose(1, 0, 2).copy() if turned else thread
+    cropped = eval_crop(thread, spec)
+    monkeypatch.setattr(preprocess, "MAX_ASPECT", 1000)
+    whole = eval_crop(thread, spec)
+    assert cropped.shape == whole.shape == (32, 32, 3)
+    assert np.abs(cropped.astype(int) - whole).max() <= 1
+    monkeypatch.undo()
+    sizes: list[Any] = []
+    resize_of = Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda *a, **k: sizes.append(a[1]) or resize_of(*a, **k)
+    )
+    eval_crop(np.zeros((65_000, 1, 3), np.uint8), spec)
+    assert sizes == [(32, 32)]
 
 
 def test_crops_follow_the_rule():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -9,15 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from kdscale import Distill, Execution, Sweep, choose, product, zipped
-from kdscale.cli import app, load_sweep, parse_data, parse_settings
+from kdscale.cli import _run_command, app, load_sweep, parse_data, parse_settings
+from kdscale.core.config import DataSpec
 from kdscale.core.scale import MINI, PAPER
 from kdscale.core.storage import Storage
 from kdscale.core.types import ConfigError, ImpossibleResources, UnknownField
 from kdscale.sweep.plan import Plan, Stage, make_plan
-from kdscale.sweep.tracking import flatten
+from kdscale.sweep.progress import print_plan
+from kdscale.sweep.run import _print_place
+from kdscale.sweep.tracking import flatten, viewing
 
 SWEEPS = Path(__file__).parent.parent / "sweeps"
 
@@ -103,13 +108,23 @@ def test_settings_and_data_are_parsed() -> None:
     fields = parse_settings(["distill.lr=1e-3", "run.num_workers=2", "loss=kl"], MINI)
     assert fields["lr"] == 1e-3
     assert fields["loss"] == "kl"
-    assert fields["run"].num_workers == 2
-    assert fields["run"].checkpoint_every == MINI.run.checkpoint_every
+    assert fields["run"] == {"num_workers": 2}
     assert parse_data(["a={0..1}.tar", "*.tar"]) == {"a": "{0..1}.tar", "": "*.tar"}
+    dated = "s3://b/date=2024/*.tar"
+    assert parse_data([dated, f"a={dated}"]) == {"": dated, "a": dated}
     with pytest.raises(ConfigError, match="FIELD=VALUE"):
         parse_settings(["lr"], MINI)
     with pytest.raises(UnknownField):
         parse_settings(["run.workers=2"], MINI)
+
+
+def test_a_setting_of_run_changes_that_field_alone(tmp_path: Path) -> None:
+    own = Distill(student="vit_t16", loss="clip", run=Execution(checkpoint_every=7, log_every=3))
+    plain = Distill(student="vit_t16", loss="clip", epochs=64)
+    fields = parse_settings(["run.log_every=5"], MINI)
+    plan = plan_of(Sweep(name="x", stages=[own, plain]), tmp_path, **fields)
+    runs = [stage.recipe.run for stage in plan.stages.values()]
+    assert runs == [own.run.replace(log_every=5), MINI.run.replace(log_every=5)]  # pyright: ignore
 
 
 def stage_needing(**run: Any) -> Stage:
@@ -159,10 +174,94 @@ def test_bad_input_is_a_clear_line_and_exit_2(
     assert "Traceback" not in result.output
 
 
+@pytest.mark.parametrize(
+    ("root", "message"), [("/proc/nope", "/proc/nope"), ("nosuch://x", "nosuch")]
+)
+def test_a_storage_that_cannot_be_is_a_clear_line(root: str, message: str) -> None:
+    line = ["run", str(SWEEPS / "quickstart.py"), "--storage", root]
+    result = CliRunner().invoke(app, line)
+    assert result.exit_code == 2
+    assert "StorageError" in result.output
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_a_plan_without_data_is_estimated(tmp_path: Path) -> None:
+    recipe = Distill(student="vit_t16", teacher="clip_b16", zero_shot=None, epochs=2)
+    plan = plan_of(Sweep(name="x", stages=[recipe]), tmp_path, PAPER)
+    (stage,) = plan.stages.values()
+    assert stage.total_steps == 2 * (10_968_539 // 4096)
+    document = plan.document()
+    assert document["stages"][0]["estimated"] is document["cost"]["estimated"] is True
+    assert document["teacher_cache"]["estimated"] is True
+    assert document["cost"]["flops"] == stage.flops > 0
+    said = printed(plan)
+    assert "about 5354 steps" in said
+    assert said.count("(estimated: data not at hand)") == 2
+
+
+def test_a_plan_of_data_that_nothing_is_known_of_says_so(tmp_path: Path) -> None:
+    data = DataSpec(name="mine", urls="/nowhere/*.tar")
+    recipe = Distill(student="vit_t16", teacher="clip_b16", data=data, zero_shot=None)
+    plan = plan_of(Sweep(name="x", stages=[recipe]), tmp_path, PAPER)
+    cost = plan.document()["cost"]
+    assert (cost["flops"], cost["gpu_hours"], cost["estimated"]) == (None, None, False)
+    assert "unknown steps" in printed(plan)
+    assert "1 of 1 stages, work unknown, " in printed(plan)
+
+
+def test_a_plan_with_data_is_not_estimated(tmp_path: Path) -> None:
+    plan = plan_of(load_sweep(SWEEPS / "quickstart.py"), tmp_path)
+    assert plan.document()["cost"]["estimated"] is False
+    assert "estimated" not in printed(plan)
+
+
+def printed(plan: Plan) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    print_plan(plan, console)
+    return console.file.getvalue()  # pyright: ignore
+
+
 def test_plan_prints_json(tmp_path: Path) -> None:
     line = ["plan", str(SWEEPS / "quickstart.py"), "--storage", str(tmp_path), "--json"]
     document = json.loads(CliRunner().invoke(app, line).stdout)
     assert set(document) == {"trials", "stages", "cost", "teacher_cache"}
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("https://me:p@ss@host:1/x", "https://***@host:1/x"),
+        ("http://host", "http://host"),
+        ("postgresql://me:pass@host/db", "ui --backend-store-uri 'postgresql://***@host/db'"),
+        ("sqlite:////a b/mlflow.db", "ui --backend-store-uri 'sqlite:////a b/mlflow.db'"),
+    ],
+)
+def test_tracking_is_shown_without_passwords(uri: str, shown: str) -> None:
+    assert viewing(uri).endswith(shown)
+
+
+def test_mlflow_is_found_beside_the_interpreter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path / "elsewhere"))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    assert viewing("sqlite:///x").startswith("mlflow ui")
+    (tmp_path / "mlflow").touch()
+    assert viewing("sqlite:///x").startswith(f"{tmp_path}/mlflow ui")
+
+
+def test_the_command_of_a_report_holds_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = ["kdscale", "report", "a.py", "--tracking-uri", "https://me:pass@host"]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert _run_command() == "kdscale run a.py --tracking-uri 'https://***@host'"
+
+
+def test_places_are_printed_as_they_are() -> None:
+    console = Console(file=io.StringIO(), width=40)
+    place = f"/[red]/{'long' * 20}/report.html"
+    _print_place(console, "report", place)
+    assert console.file.getvalue() == f"report {place}\n"  # pyright: ignore
 
 
 def test_params_are_flat_and_short() -> None:

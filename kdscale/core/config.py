@@ -159,6 +159,7 @@ class DataSpec(Spec):
             the manifest's hash does.
         mini: The world to draw instead.
         max_bad_fraction: Share of unusable samples above which nothing starts.
+        num_samples: How many there are said to be, for plans made before the data are at hand.
     """
 
     name: Annotated[str, Field(json_schema_extra=NOT_IN_KEY)]
@@ -252,7 +253,7 @@ class Embed(Recipe):
     """
 
     kind: ClassVar[str] = "embed"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     teacher: TowerSpec
     data: DataSpec
@@ -291,7 +292,7 @@ class Distill(Recipe):
     """
 
     kind: ClassVar[str] = "distill"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     student: str | TowerSpec
     teacher: str | TowerSpec | None = None

@@ -112,7 +112,8 @@ def resolve(recipe: Distill, scale: Scale, overrides: Mapping[str, Any] | None =
     Args:
         recipe: A recipe without open choices.
         scale: What the roles mean.
-        overrides: Fields set last, after shrinking (`--set`).
+        overrides: Fields set last, after shrinking (`--set`); a mapping under `run` changes
+            single fields of the execution that the recipe or else the scale has.
 
     Raises:
         UnknownName: If a role is not in the scale.
@@ -129,8 +130,10 @@ def resolve(recipe: Distill, scale: Scale, overrides: Mapping[str, Any] | None =
         "warmup_steps": math.ceil(recipe.warmup_steps / sizes.warmup_divisor),
         "lr": recipe.lr * sizes.lr_factor,
         "run": recipe.run or scale.run,
-    }
-    resolved = recipe.replace(**(changes | dict(overrides or {})))
+    } | dict(overrides or {})
+    if isinstance(changes["run"], Mapping):
+        changes["run"] = (recipe.run or scale.run).replace(**changes["run"])
+    resolved = recipe.replace(**changes)
     group = min(resolved.bn_group, resolved.global_batch_size)
     return resolved.replace(bn_group=group) if group > 1 else resolved
 

@@ -34,12 +34,19 @@ class Storage:
     """A root directory on a local disk or an object store.
 
     Args:
-        root: A path or fsspec URL (`/data/runs`, `s3://bucket/runs`).
+        root: A path or fsspec URL (`/data/runs`, `~/runs`, `s3://bucket/runs`).
+
+    Raises:
+        StorageError: No filesystem of that kind is known or installed.
     """
 
     def __init__(self, root: str) -> None:
-        self.root = os.path.abspath(root) if "://" not in root else root.rstrip("/")
-        self.fs, self._base = fsspec.core.url_to_fs(self.root)
+        is_url = "://" in root
+        self.root = root.rstrip("/") if is_url else os.path.abspath(os.path.expanduser(root))
+        try:
+            self.fs, self._base = fsspec.core.url_to_fs(self.root)
+        except (ImportError, ValueError) as error:
+            raise StorageError(f"cannot use {root} as storage: {error}") from error
         self.is_local = isinstance(self.fs, LocalFileSystem)
 
     def __reduce__(self) -> tuple[type[Storage], tuple[str]]:
@@ -65,6 +72,8 @@ class Storage:
             found = self.fs.ls(self.path(*parts), detail=False)
         except FileNotFoundError:
             return []
+        except OSError as error:
+            raise StorageError(f"cannot list {self.url(*parts)}: {error}") from error
         return sorted(str(name).rstrip("/").rsplit("/", 1)[-1] for name in found)
 
     def read(self, *parts: str) -> bytes:
@@ -73,6 +82,8 @@ class Storage:
             return self.fs.cat_file(self.path(*parts))
         except FileNotFoundError as error:
             raise StorageError(f"{self.url(*parts)} does not exist") from error
+        except OSError as error:
+            raise StorageError(f"cannot read {self.url(*parts)}: {error}") from error
 
     def write(self, data: bytes, *parts: str) -> None:
         """Writes a whole file so that a reader sees all of it or nothing."""
@@ -83,7 +94,7 @@ class Storage:
             else:
                 self.fs.pipe_file(target, data)
         except OSError as error:
-            raise StorageError(f"cannot write {self.url(*parts)}: {error}") from error
+            raise _unwritable(self.url(*parts), error) from error
 
     def read_json(self, *parts: str) -> Any:
         """Reads a JSON document."""
@@ -122,8 +133,8 @@ class Storage:
         target = self.path(*parts)
         if not self.is_local and self.exists(*parts):
             return False
-        self.fs.makedirs(self.fs._parent(target), exist_ok=True)
         try:
+            self.fs.makedirs(self.fs._parent(target), exist_ok=True)
             with self.fs.open(target, "xb") as file:
                 file.write(data)
         except FileExistsError:
@@ -132,7 +143,14 @@ class Storage:
             if self.exists(*parts):
                 return False
             self.write(data, *parts)
+        except OSError as error:
+            raise _unwritable(self.url(*parts), error) from error
         return True
+
+
+def _unwritable(url: str, error: OSError) -> StorageError:
+    """Words the error for a place that cannot be written to."""
+    return StorageError(f"cannot write {url}: {error}; free it, or choose another --storage")
 
 
 def _write_local(target: Path, data: bytes) -> None:
@@ -231,6 +249,20 @@ class Lease:
             return None
         return cls(stage, token)
 
+    @staticmethod
+    def seems_held(stage: StageStore) -> bool:
+        """Tells at a glance whether a living writer holds the stage; for display only.
+
+        On this host its process is looked for; elsewhere the age of its last heartbeat counts,
+        which is wrong where the hosts' clocks differ by more than `LEASE_TIMEOUT_S`.
+        """
+        holder = _holder(stage.storage, (*stage.parts, "LEASE"))
+        if not holder:
+            return False
+        if holder.get("host") == socket.gethostname():
+            return _process_start(holder["pid"]) == holder["started"]
+        return time.time_ns() - holder.get("beat", 0) < LEASE_TIMEOUT_S * 1e9
+
     def __enter__(self) -> Lease:
         self._thread.start()
         return self
@@ -267,11 +299,19 @@ def _beat(token: str) -> bytes:
 
 
 def _holder(storage: Storage, parts: tuple[str, ...]) -> dict[str, Any]:
-    """Reads the lease; an unreadable one has no holder."""
+    """Reads the lease; an absent or garbled one has no holder.
+
+    Raises:
+        StorageError: The storage cannot be read, so that nothing is known of the holder.
+    """
     try:
         return json.loads(storage.read(*parts))
-    except (StorageError, ValueError):
-        return {}
+    except StorageError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+    except ValueError:
+        pass
+    return {}
 
 
 def _is_dead(storage: Storage, parts: tuple[str, ...]) -> bool:

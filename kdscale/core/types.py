@@ -98,10 +98,6 @@ class ImpossibleResources(KdscaleError):
     """A placement that this cluster can never satisfy."""
 
 
-class TrackingError(KdscaleError):
-    """The tracking server refused something that waiting will not repair."""
-
-
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> UnknownName:
     """Builds the error for a name outside a registry, with the nearest known names.
 

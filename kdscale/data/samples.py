@@ -118,12 +118,18 @@ def _check_size(height: int, width: int) -> None:
 
 
 def _decode_other(data: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Decodes with Pillow, which reads the header first and the pixels on demand."""
+    """Decodes with Pillow, which reads the header first and the pixels on demand.
+
+    Of 16 bits a channel the upper eight are taken, as Pillow itself does for colour.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             picture = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP", "MPO"))
             _check_size(picture.height, picture.width)
+            if picture.mode.startswith("I"):  # `convert` would cut 16 bits of grey off at 255
+                grey = (np.asarray(picture) >> 8).astype(np.uint8)
+                return np.repeat(grey[..., None], 3, axis=2)
             return np.asarray(picture.convert("RGB"))
     except Image.DecompressionBombError as error:
         raise BadImage("bomb", str(error)) from error

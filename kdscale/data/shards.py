@@ -193,6 +193,7 @@ def build_manifest(
 
     Raises:
         NoShards: The pattern matches nothing.
+        DataError: A shard cannot be read as what its name says.
         EmptyShard: A shard has no usable sample.
         TooManyBadSamples: More are unusable than `spec.max_bad_fraction`.
     """
@@ -263,6 +264,7 @@ def verify_shard(path: str, *, labelled: bool = False) -> ShardEntry:
     """Reads and decodes one whole shard.
 
     Raises:
+        DataError: It cannot be read as what its name says.
         EmptyShard: It has no usable sample.
     """
     fs, inner = fsspec.core.url_to_fs(path)

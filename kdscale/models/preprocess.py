@@ -31,6 +31,7 @@ MINI_BPE = TOKENIZER_DIR / "bpe_mini.txt.gz"
 MINI_SP = TOKENIZER_DIR / "sp_mini"
 SIGLIP_VOCAB = 32_000
 SIGLIP_HUB_ID = "timm/ViT-B-16-SigLIP"
+MAX_ASPECT = 50
 HF_TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "sentencepiece.model")
 
 logger = logging.getLogger(__name__)
@@ -42,14 +43,19 @@ def eval_crop(rgb: np.ndarray, spec: TowerSpec) -> np.ndarray:
     Pillow resizes: its bicubic filter widens when shrinking, as the towers' authors had it;
     OpenCV's does not, and its area filter blurs differently.
 
+    Of an image more than `MAX_ASPECT` times as long as it is wide, only the central strip is
+    resized: the whole would take the memory of thousands of images for pixels that are cropped
+    away. The pixels are the same but for rounding, and for overshoot that Pillow cuts off between
+    its two passes, whose order it chooses by size.
+
     Args:
         rgb: (H, W, 3) uint8.
         spec: `resize="shortest"` scales the shorter side to `image_px` and crops the centre;
             `"squash"` scales both sides.
 
     Returns:
-        (image_px, image_px, 3) uint8, bit-equal to torchvision's `Resize` and `CenterCrop` on a
-        Pillow image.
+        (image_px, image_px, 3) uint8, up to `MAX_ASPECT` bit-equal to torchvision's `Resize` and
+        `CenterCrop` on a Pillow image.
     """
     image = Image.fromarray(rgb)
     px = spec.image_px
@@ -58,9 +64,13 @@ def eval_crop(rgb: np.ndarray, spec: TowerSpec) -> np.ndarray:
     width, height = image.size
     short = min(width, height)
     size = (int(px * width / short), int(px * height / short))
+    left, top = round((size[0] - px) / 2), round((size[1] - px) / 2)
+    if max(size) > MAX_ASPECT * px:
+        across, down = width / size[0], height / size[1]
+        strip = (left * across, top * down, (left + px) * across, (top + px) * down)
+        return np.asarray(image.resize((px, px), Image.Resampling.BICUBIC, box=strip))
     if size != image.size:
         image = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = round((size[0] - px) / 2), round((size[1] - px) / 2)
     return np.asarray(image)[top : top + px, left : left + px]
 
 

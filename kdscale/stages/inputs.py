@@ -6,7 +6,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import fsspec
 
@@ -156,7 +156,11 @@ def read_manifest(url: str, *, labelled: bool = False) -> Manifest:
 
 
 def _drawn(spec: DataSpec, world: MiniWorld, storage: Storage, progress: Progress) -> Manifest:
-    """Draws a miniature world into the storage unless it is there."""
+    """Draws a miniature world into the storage unless it is there.
+
+    Its shards are looked for in the storage as it is now, which may have been moved or mounted
+    elsewhere since they were drawn.
+    """
     from kdscale.mini.build import write_world
 
     parts = ("data", _world_key(world))
@@ -170,7 +174,9 @@ def _drawn(spec: DataSpec, world: MiniWorld, storage: Storage, progress: Progres
             spec.replace(mini=None, urls=urls), labelled=world.split == "eval"
         )
         storage.write(manifest.to_json().encode(), *parts, "manifest.json")
-    return Manifest.from_json(storage.read(*parts, "manifest.json").decode())
+    drawn = Manifest.from_json(storage.read(*parts, "manifest.json").decode())
+    shards = (replace(s, path=storage.url(*parts, s.path.rpartition("/")[2])) for s in drawn.shards)
+    return replace(drawn, shards=tuple(shards))
 
 
 def _world_key(world: MiniWorld) -> str:

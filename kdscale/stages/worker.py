@@ -35,7 +35,7 @@ from kdscale.stages.jobs import DistillJob, EmbedJob
 HEALTH_CHECK_INTERVAL_S = "0.2"
 
 
-def fit(jobs: Sequence[DistillJob], scratch: str | None = None) -> None:
+def fit(jobs: Sequence[DistillJob]) -> None:
     """Runs stages one after the other in one group of workers, each until it is finished.
 
     Starting processes costs more than a short stage, so a trial's stages share them. A stream is
@@ -44,7 +44,6 @@ def fit(jobs: Sequence[DistillJob], scratch: str | None = None) -> None:
 
     Args:
         jobs: What the workers do, in order; all with the first one's execution.
-        scratch: Directory for Ray Train's own bookkeeping, which nothing depends on.
 
     Raises:
         StageFailed: If the workers failed more often than `Execution.max_failures` allows.
@@ -52,7 +51,7 @@ def fit(jobs: Sequence[DistillJob], scratch: str | None = None) -> None:
     run = jobs[0].recipe.run
     assert run is not None
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", HEALTH_CHECK_INTERVAL_S)
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as bookkeeping:  # Ray Train's own; nothing reads it
         trainer = ray.train.torch.TorchTrainer(
             _work,
             train_loop_config={"jobs": list(jobs), "in_group": run.num_workers > 0},
@@ -61,7 +60,7 @@ def fit(jobs: Sequence[DistillJob], scratch: str | None = None) -> None:
             dataset_config=data_config(run.data_cpus),
             run_config=ray.train.RunConfig(
                 name=jobs[-1].key,
-                storage_path=scratch or temporary,
+                storage_path=bookkeeping,
                 failure_config=ray.train.FailureConfig(max_failures=run.max_failures),
             ),
         )

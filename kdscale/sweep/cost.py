@@ -24,7 +24,7 @@ class Work:
 
     Attributes:
         recipe: Resolved recipe.
-        num_samples: Samples of the data set, None where it is not at hand.
+        num_samples: Samples of the data set, None where nothing is known of it.
         total_steps: Optimizer steps, likewise.
     """
 

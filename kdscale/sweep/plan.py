@@ -6,7 +6,7 @@ A plan needs neither torch nor Ray; it reads manifests and the stage store.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,10 +31,12 @@ class Stage:
     Attributes:
         name: For people.
         inputs: Keys of the stages it needs.
-        num_samples: Samples of its data set, None where that is not at hand.
+        num_samples: Samples of its data set, None where nothing is known of it.
         total_steps: Optimizer steps, or shards of an embed stage; likewise.
-        flops: Work, None where a tower's is not known.
+        flops: Work, None where a tower's or the data set's size is not known.
         bytes_out: Size of the output, estimated.
+        estimated: The data are not at hand: all this follows from the samples that the data
+            spec says there are.
     """
 
     kind: str
@@ -47,6 +49,7 @@ class Stage:
     flops: float | None
     bytes_out: float | None
     reused: bool
+    estimated: bool = False
 
     @property
     def gpu_hours(self) -> float | None:
@@ -108,7 +111,6 @@ class Plan:
 
     def document(self) -> dict[str, Any]:
         """Returns the plan as JSON: trials, stages, cost."""
-        rest = self.remaining()
         cache = saving(stage.work for stage in self.stages.values())
         return {
             "trials": [
@@ -120,31 +122,42 @@ class Plan:
                 }
                 for planned in self.trials
             ],
-            "stages": [
-                {
-                    "kind": stage.kind,
-                    "key": stage.key,
-                    "name": stage.name,
-                    "inputs": list(stage.inputs),
-                    "reused": stage.reused,
-                    "shared_by": self.shared_by(stage.key),
-                    "flops": stage.flops,
-                    "bytes_out": stage.bytes_out,
-                    "gpu_hours": stage.gpu_hours,
-                }
-                for stage in self.stages.values()
-            ],
-            "cost": {
-                "scale": self.scale.name,
-                "stages_total": len(self.stages),
-                "stages_to_run": len(rest),
-                "flops": _sum(stage.flops for stage in rest),
-                "gpu_hours": _sum(stage.gpu_hours for stage in rest),
-                "bytes_out": _sum(stage.bytes_out for stage in rest),
-                "effective_tflops": EFFECTIVE_TFLOPS,
-                "missing": self.missing,
-            },
-            "teacher_cache": None if cache is None else cache.document(),
+            "stages": [self._stage_document(stage) for stage in self.stages.values()],
+            "cost": self._cost(),
+            "teacher_cache": cache
+            and cache.document()
+            | {"estimated": any(stage.estimated for stage in self.stages.values())},
+        }
+
+    def _stage_document(self, stage: Stage) -> dict[str, Any]:
+        """Returns a stage as JSON."""
+        return {
+            "kind": stage.kind,
+            "key": stage.key,
+            "name": stage.name,
+            "inputs": list(stage.inputs),
+            "reused": stage.reused,
+            "shared_by": self.shared_by(stage.key),
+            "total_steps": stage.total_steps,
+            "flops": stage.flops,
+            "bytes_out": stage.bytes_out,
+            "gpu_hours": stage.gpu_hours,
+            "estimated": stage.estimated,
+        }
+
+    def _cost(self) -> dict[str, Any]:
+        """Returns what is left to run costs as JSON; None stands for a total that is not known."""
+        rest = self.remaining()
+        return {
+            "scale": self.scale.name,
+            "stages_total": len(self.stages),
+            "stages_to_run": len(rest),
+            "flops": _sum(stage.flops for stage in rest),
+            "gpu_hours": _sum(stage.gpu_hours for stage in rest),
+            "bytes_out": _sum(stage.bytes_out for stage in rest),
+            "estimated": any(stage.estimated for stage in rest),
+            "effective_tflops": EFFECTIVE_TFLOPS,
+            "missing": self.missing,
         }
 
 
@@ -217,20 +230,19 @@ class Planner:
         manifests = {s.spec.urls: s.hash for s in (data, *others) if s and s.spec.urls}
         key = content_key(kind, recipe.version, recipe, manifests)
         if key not in self.plan.stages:
-            samples = None if data is None else data.num_samples
-            steps = None if data is None else _units(recipe, data)
-            work = Work(recipe=recipe, num_samples=samples, total_steps=steps)
+            work = _amount(recipe, data)
             self.plan.stages[key] = Stage(
                 kind=kind,
                 key=key,
                 name=name,
                 recipe=recipe,
                 inputs=tuple(path),
-                num_samples=samples,
-                total_steps=steps,
+                num_samples=work.num_samples,
+                total_steps=work.total_steps,
                 flops=flops(work),
                 bytes_out=bytes_out(work),
                 reused=StageStore(self.plan.storage, kind, key).is_done(),
+                estimated=data is None and work.num_samples is not None,
             )
         path.append(key)
         return key
@@ -273,6 +285,16 @@ def total_steps(recipe: Distill, num_samples: int) -> int:
     return steps if recipe.max_steps is None else min(steps, recipe.max_steps)
 
 
+def _amount(recipe: Distill | Embed, data: Source | None) -> Work:
+    """Returns a recipe beside its amount of data: counted, or what the data spec says."""
+    if data is not None:
+        return Work(recipe=recipe, num_samples=data.num_samples, total_steps=_units(recipe, data))
+    assert isinstance(recipe.data, DataSpec)
+    said = recipe.data.num_samples
+    steps = total_steps(recipe, said) if said and isinstance(recipe, Distill) else None
+    return Work(recipe=recipe, num_samples=said, total_steps=steps)
+
+
 def _units(recipe: Distill | Embed, data: Source) -> int:
     """Returns a stage's optimizer steps, or the shards that it embeds."""
     if isinstance(recipe, Distill):
@@ -313,9 +335,10 @@ def check_loss(recipe: Distill) -> None:
         raise ConfigError(f"the loss {recipe.loss} compares with a teacher and none is given")
 
 
-def _sum(values: Any) -> float:
-    """Adds what is known."""
-    return float(sum(value for value in values if value is not None))
+def _sum(values: Iterable[float | None]) -> float | None:
+    """Adds numbers; None where one is not known."""
+    known = list(values)
+    return None if None in known else float(sum(value or 0.0 for value in known))
 
 
 def make_plan(

@@ -11,7 +11,7 @@ from rich.tree import Tree
 
 from kdscale.core.config import Distill
 from kdscale.core.journal import Line, read_steps
-from kdscale.core.storage import Storage
+from kdscale.core.storage import Lease, Storage
 from kdscale.sweep.grid import label
 from kdscale.sweep.plan import Plan, Stage
 
@@ -67,9 +67,10 @@ def stage_state(stage: Stage, storage: Storage) -> tuple[str, str]:
         return "done", ""
     lines = read_steps(store)
     detail = describe_line(lines[-1], stage.total_steps) if lines else ""
-    if storage.exists(*store.parts, "LEASE"):
+    if Lease.seems_held(store):
         return "running", detail
-    return ("interrupted", detail) if lines else ("waiting", "")
+    was_begun = lines or storage.exists(*store.parts, "LEASE")
+    return ("interrupted", detail) if was_begun else ("waiting", "")
 
 
 def print_status(plan: Plan, console: Console) -> None:
@@ -91,15 +92,27 @@ def print_plan(plan: Plan, console: Console) -> None:
         parent = branches[stage.inputs[-1] if stage.inputs else ""]
         branches[stage.key] = parent.add(_stage_label(plan, stage))
     console.print(tree)
-    cost = plan.document()["cost"]
-    console.print(
-        f"to run: {cost['stages_to_run']} of {cost['stages_total']} stages, "
-        f"{cost['flops'] / 1e15:,.3g} PFLOP, {cost['gpu_hours']:,.3g} GPU-hours at "
-        f"{cost['effective_tflops']:g} TFLOP/s, {cost['bytes_out'] / 1e6:,.3g} MB of models"
-    )
+    console.print(_cost_line(plan.document()["cost"]))
     _print_saving(plan, console)
     for text in sorted(set(plan.missing)):
         console.print(f"[yellow]missing:[/] {text}")
+
+
+def _cost_line(cost: dict[str, Any]) -> str:
+    """Says what is left to run costs, as far as that is known."""
+    work, size = "work unknown", "size of the models unknown"
+    if cost["flops"] is not None:
+        work = f"{cost['flops'] / 1e15:,.3g} PFLOP, {cost['gpu_hours']:,.3g} GPU-hours at "
+        work += f"{cost['effective_tflops']:g} TFLOP/s"
+    if cost["bytes_out"] is not None:
+        size = f"{cost['bytes_out'] / 1e6:,.3g} MB of models"
+    note = _estimated(cost)
+    return f"to run: {cost['stages_to_run']} of {cost['stages_total']} stages, {work}, {size}{note}"
+
+
+def _estimated(document: dict[str, Any]) -> str:
+    """Says where numbers do not rest on a manifest."""
+    return " [yellow](estimated: data not at hand)[/]" if document["estimated"] else ""
 
 
 def _print_saving(plan: Plan, console: Console) -> None:
@@ -112,7 +125,7 @@ def _print_saving(plan: Plan, console: Console) -> None:
     console.print(
         f"teachers online {online:,.3g} GPU-hours, cached {cached:,.3g} ({online / cached:.1f} "
         f"times less) with {views} views in {found['bytes_stored'] / 1e9:,.3g} GB "
-        "[dim](teacher_outputs=cached)[/]"
+        f"[dim](teacher_outputs=cached)[/]{_estimated(found)}"
     )
 
 
@@ -133,7 +146,8 @@ def teacher_table(plan: Plan) -> Table:
 
 def _stage_label(plan: Plan, stage: Stage) -> str:
     """Describes a stage in one line."""
-    state = "[green]finished[/]" if stage.reused else f"{stage.total_steps or '?'} steps"
+    steps = f"{'about ' if stage.estimated else ''}{stage.total_steps or 'unknown'} steps"
+    state = "[green]finished[/]" if stage.reused else steps
     shared = plan.shared_by(stage.key)
     note = f", shared by {shared} trials" if shared > 1 else ""
     return f"[cyan]{stage.kind}[/] {stage.name}  [dim]{stage.key}[/]  {state}{note}"

@@ -13,6 +13,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
+import shlex
+import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -25,6 +29,7 @@ from pydantic import BaseModel
 from kdscale.core.config import Distill
 from kdscale.core.journal import JournalReader, Line
 from kdscale.core.storage import Storage
+from kdscale.core.types import StorageError
 from kdscale.sweep.plan import Plan, Stage
 
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -40,10 +45,31 @@ MAX_METRICS_PER_CALL = 900
 
 
 def default_tracking_uri(storage: Storage) -> str:
-    """Returns a SQLite file in a local storage root, or in the working directory."""
+    """Returns a SQLite file in a local storage root, or in the working directory.
+
+    Raises:
+        StorageError: The root cannot be made.
+    """
     root = storage.root if storage.is_local else os.getcwd()
-    os.makedirs(root, exist_ok=True)
+    try:
+        os.makedirs(root, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot make {root}: {error}; choose another --storage") from error
     return f"sqlite:///{root}/mlflow.db"
+
+
+def redacted(text: str) -> str:
+    """Hides user names and passwords in URLs, for what is printed or kept."""
+    return re.sub(r"://[^/\s]*@", "://***@", text)
+
+
+def viewing(uri: str) -> str:
+    """Returns what to open, or the command to type, to look at what is tracked."""
+    if uri.startswith(("http://", "https://")):
+        return redacted(uri)
+    beside = Path(sys.executable).with_name("mlflow")
+    program = "mlflow" if shutil.which("mlflow") or not beside.exists() else str(beside)
+    return shlex.join([program, "ui", "--backend-store-uri", redacted(uri)])
 
 
 class Tracker:
@@ -239,7 +265,8 @@ class Mirror:
                 if tracker.sweep == sweep:
                     tracker.close(files)
         except Exception as error:
-            logger.warning("MLflow is not reachable, the report stays in storage: %s", error)
+            reason = redacted(str(error))
+            logger.warning("MLflow is not reachable, the report stays in storage: %s", reason)
 
     def _connected(self) -> list[Tracker]:
         """Returns the trackers, connecting if that has not worked yet."""
@@ -260,7 +287,8 @@ class Mirror:
             self._warned = False
         except Exception as error:  # the server's faults must not stop training
             if not self._warned:
-                logger.warning("MLflow is not reachable, metrics wait in storage: %s", error)
+                reason = redacted(str(error))
+                logger.warning("MLflow is not reachable, metrics wait in storage: %s", reason)
             self._warned = True
 
 
