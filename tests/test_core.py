@@ -180,7 +180,7 @@ def test_a_lease_outlives_a_fault_of_the_storage(
         while reads < 2:
             time.sleep(0.01)
         monkeypatch.undo()
-        lease.check()
+        check_lease(stage, lease.token)
 
 
 def _state(stage: StageStore) -> str:
