@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import table
+from _common import table
 from torch.nn.functional import normalize
 
 from kdscale.core.config import Distill

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import make_shards, table
+from _common import make_shards, table
 
 from kdscale.core.config import DataSpec, Distill, Execution
 from kdscale.core.journal import read_steps

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import make_shards, table
+from _common import make_shards, table
 
 STORE_BYTES = 512 << 20
 PX = 64

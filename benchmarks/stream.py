@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import make_shards, table
+from _common import make_shards, table
 
 BATCH = 256
 PX = 224
