@@ -90,6 +90,30 @@ def test_a_loss_that_needs_a_teacher_is_refused_without_one(tmp_path: Path) -> N
         plan_of(Sweep(name="x", stages=[recipe]), tmp_path)
 
 
+def test_what_a_sweep_varies_cannot_be_overridden(tmp_path: Path) -> None:
+    quickstart = load_sweep(SWEEPS / "quickstart.py")
+    for change in ({"loss": "clip"}, {"teacher": "clip_l14"}):
+        with pytest.raises(ConfigError, match="sweep 'quickstart' varies it"):
+            plan_of(quickstart, tmp_path, **change)
+    recipe = Distill(student="vit_t16", teacher="clip_b16", loss="kl")
+    with pytest.raises(ConfigError, match="'seed' cannot be set"):
+        plan_of(Sweep(name="seeds", stages=[recipe], seeds=(0, 1)), tmp_path, seed=2)
+    alone = Sweep(name="one", stages=[recipe], baseline={"loss": "kl"})
+    with pytest.raises(ConfigError, match="tells its baseline by it"):
+        plan_of(alone, tmp_path, loss="clip")
+
+
+def test_names_of_trials_tell_of_overrides(tmp_path: Path) -> None:
+    recipe = Distill(student="vit_t16", teacher="clip_b16", loss=choose("kl", "icl"))
+    plan = plan_of(Sweep(name="x", stages=[recipe]), tmp_path, teacher="clip_l14", lr=1e-3)
+    assert [planned.trial.name for planned in plan.trials] == [
+        "vit_t16 from clip_l14 kl",
+        "vit_t16 from clip_l14 icl",
+    ]
+    assert {planned.trial.chosen["teacher"] for planned in plan.trials} == {"clip_l14"}
+    assert plan.stages[plan.trials[0].key].training.lr == 1e-3
+
+
 def test_paper_work_is_that_of_its_towers(tmp_path: Path) -> None:
     data = MINI.data["cc12m"]
     recipe = Distill(student="vit_t16", teacher="clip_b16", data=data, zero_shot=None, epochs=1)

@@ -159,18 +159,22 @@ class Planner:
 
     def __init__(self, storage: Storage, scale: Scale, overrides: Mapping[str, Any]) -> None:
         self.plan = Plan(scale=scale, storage=storage)
-        self._roles = {name: value for name, value in overrides.items() if name in ROLES}
-        self._overrides = {name: value for name, value in overrides.items() if name not in ROLES}
+        self._overrides = dict(overrides)
         self._sources: dict[tuple[str, bool], Source | None] = {}
         self._names: set[str] = set()
 
     def add(self, sweep: Sweep) -> None:
-        """Adds a sweep's trials and the stages that are not in the plan yet."""
-        for trial in sweep.trials():
+        """Adds a sweep's trials and the stages that are not in the plan yet.
+
+        Raises:
+            ConfigError: If an override sets what the sweep varies, or a recipe cannot run.
+        """
+        for trial in sweep.trials(self._overrides):
             path: list[str] = []
-            named = trial.recipe.replace(**self._roles)
-            recipe = resolve(named, self.plan.scale, self._overrides)
-            recipe = recipe.replace(teacher=self._teacher(named, path))
+            # Set in the trial already, before a scale shrank the sizes; roles are specs by now.
+            again = {k: v for k, v in self._overrides.items() if k not in ROLES}
+            recipe = resolve(trial.recipe, self.plan.scale, again)
+            recipe = recipe.replace(teacher=self._teacher(trial.recipe, path))
             recipe = self._cached(recipe, path)
             self._add_stage("distill", trial.name, recipe, path)
             self.plan.trials.append(PlannedTrial(sweep=sweep.name, trial=trial, path=tuple(path)))
