@@ -114,6 +114,19 @@ def test_names_of_trials_tell_of_overrides(tmp_path: Path) -> None:
     assert plan.stages[plan.trials[0].key].training.lr == 1e-3
 
 
+def keys_with(workers: int, root: Path, **fields: Any) -> list[str]:
+    run = MINI.run.replace(num_workers=workers)
+    recipe = Distill(student="vit_t16", loss="clip", run=run, **fields)
+    return list(plan_of(Sweep(name="x", stages=[recipe]), root).stages)
+
+
+def test_the_world_size_is_in_the_key_where_it_changes_numbers(tmp_path: Path) -> None:
+    assert keys_with(1, tmp_path) == keys_with(2, tmp_path)
+    assert keys_with(1, tmp_path, mode="paper") != keys_with(2, tmp_path, mode="paper")
+    flags = {"detached_gather": True}
+    assert keys_with(1, tmp_path, flags=flags) != keys_with(2, tmp_path, flags=flags)
+
+
 def test_paper_work_is_that_of_its_towers(tmp_path: Path) -> None:
     data = MINI.data["cc12m"]
     recipe = Distill(student="vit_t16", teacher="clip_b16", data=data, zero_shot=None, epochs=1)

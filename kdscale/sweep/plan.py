@@ -219,7 +219,7 @@ class Planner:
             check_loss(recipe)
         data, *others = self._sources_of(recipe)
         manifests = {s.spec.urls: s.hash for s in (data, *others) if s and s.spec.urls}
-        key = content_key(kind, recipe.version, recipe, manifests)
+        key = content_key(kind, recipe.version, recipe, manifests, _beside_recipe(recipe))
         if key not in self.plan.stages:
             samples = None if data is None else data.num_samples
             steps = None if data is None else _units(recipe, data)
@@ -315,6 +315,16 @@ def check_loss(recipe: Distill) -> None:
     weights = weights_for(recipe.loss, flags)
     if recipe.teacher is None and needs_teacher(active_terms(weights)):
         raise ConfigError(f"the loss {recipe.loss} compares with a teacher and none is given")
+
+
+def _beside_recipe(recipe: Distill | Embed) -> dict[str, Any]:
+    """Returns what decides a stage's numbers though its execution otherwise does not."""
+    if not isinstance(recipe, Distill) or recipe.run is None:
+        return {}
+    flags = LossFlags.for_mode(recipe.mode, **recipe.flags)
+    if flags.detached_gather or flags.unsynced_heads:
+        return {"world_size": recipe.run.world_size}
+    return {}
 
 
 def _sum(values: Any) -> float:
