@@ -127,6 +127,43 @@ def test_the_world_size_is_in_the_key_where_it_changes_numbers(tmp_path: Path) -
     assert keys_with(1, tmp_path, flags=flags) != keys_with(2, tmp_path, flags=flags)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"student": "vit_t16", "drop_path": 0.1}, "no drop path"),
+        ({"student": "swin_t", "loss": {"task": 1.0, "mfd": 1.0}}, "open_clip's ViT"),
+        ({"precision": "fp16"}, "fp16 on a CPU"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"crop_scale": (0.9, 0.5)}, "crop_scale"),
+        ({"run": Execution(num_workers=3)}, "shared equally by 3 workers"),
+        ({"run": Execution(micro_batch_size=48)}, "does not divide the 128 rows"),
+        ({"student": "mobilevit_s", "bn_group": 128, "run": Execution(num_workers=2)}, "bn_group"),
+        ({"flags": {"unsynced_heads": True}}, "drop_heads_on_resume"),
+    ],
+)
+def test_recipes_that_cannot_run_are_not_planned(
+    fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    recipe = Distill(**({"student": "vit_t16", "teacher": "clip_b16"} | fields))
+    with pytest.raises(ConfigError, match=message):
+        plan_of(Sweep(name="x", stages=[recipe]), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"student": "swin_t", "drop_path": 0.1},
+        {"student": "vit_t16", "loss": {"task": 1.0, "mfd": 1.0}},
+        {"student": "swin_t", "loss": {"task": 1.0, "mfd": 1.0}, "flags": {"mfd_noop": True}},
+        {"student": "swin_t", "bn_group": 128, "run": Execution(num_workers=2)},
+        {"student": "mobilevit_s", "run": Execution(num_workers=8)},
+    ],
+)
+def test_recipes_that_can_run_are_planned(fields: dict[str, Any], tmp_path: Path) -> None:
+    recipe = Distill(teacher="clip_b16", **fields)
+    assert plan_of(Sweep(name="x", stages=[recipe]), tmp_path).trials
+
+
 def test_paper_work_is_that_of_its_towers(tmp_path: Path) -> None:
     data = MINI.data["cc12m"]
     recipe = Distill(student="vit_t16", teacher="clip_b16", data=data, zero_shot=None, epochs=1)

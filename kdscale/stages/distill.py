@@ -16,6 +16,7 @@ from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
 from kdscale.core.config import TowerSpec
+from kdscale.core.scale import default_bn_group
 from kdscale.core.storage import Storage
 from kdscale.core.types import CacheMissing, CheckpointError, ConfigError
 from kdscale.data.samples import Batch
@@ -95,7 +96,9 @@ class DistillTask:
         spec = self.recipe.student
         assert isinstance(spec, TowerSpec)
         model = load_tower(spec, storage, seed=self.recipe.seed, drop_path=self.recipe.drop_path)
-        group_batchnorm(model, self.recipe.bn_group)
+        group_batchnorm(
+            model, self.recipe.bn_group or default_bn_group(self.recipe.global_batch_size)
+        )
         sampled_drop_path(model)
         return Tower(model.to(self.world.device).train(), spec)
 

@@ -14,10 +14,11 @@ from kdscale.core.config import EMBED_STAGE, STAGE_WEIGHTS, DataSpec, Distill, E
 from kdscale.core.keys import content_key
 from kdscale.core.scale import Scale, Sizes, data_names, resolve, teacher_of
 from kdscale.core.storage import StageStore, Storage
-from kdscale.core.types import ConfigError, DataError, NoShards, unknown_name
-from kdscale.losses.recipes import LossFlags, active_terms, needs_teacher, weights_for
+from kdscale.core.types import DataError, NoShards, unknown_name
+from kdscale.losses.recipes import LossFlags
 from kdscale.stages.inputs import Source, find_source
 from kdscale.stages.jobs import embed_recipe, features_recipe
+from kdscale.sweep.check import check_cacheable, check_recipe
 from kdscale.sweep.cost import EFFECTIVE_TFLOPS, Work, bytes_out, flops, gpu_hours, saving
 from kdscale.sweep.grid import Sweep, Trial
 
@@ -216,7 +217,7 @@ class Planner:
     def _add_stage(self, kind: str, name: str, recipe: Distill | Embed, path: list[str]) -> str:
         """Adds a stage unless the plan has it, and appends its key to the path."""
         if isinstance(recipe, Distill):
-            check_loss(recipe)
+            check_recipe(recipe)
         data, *others = self._sources_of(recipe)
         manifests = {s.spec.urls: s.hash for s in (data, *others) if s and s.spec.urls}
         key = content_key(kind, recipe.version, recipe, manifests, _beside_recipe(recipe))
@@ -283,38 +284,6 @@ def _units(recipe: Distill | Embed, data: Source) -> int:
         return total_steps(recipe, data.num_samples)
     share = min(1.0, (recipe.max_samples or data.num_samples) / data.num_samples)
     return math.ceil(share * data.num_shards)
-
-
-def check_cacheable(recipe: Distill) -> None:
-    """Refuses a distillation that a teacher cache cannot feed.
-
-    Raises:
-        ConfigError: If crops are drawn anew each epoch, or the loss wants the teacher itself.
-    """
-    if recipe.views is None:
-        raise ConfigError(
-            "teacher_outputs='cached' needs views=N, the crops per sample that are embedded; "
-            "views=None draws a new crop each epoch"
-        )
-    if getattr(recipe.loss, "needs_online_teacher", False):
-        raise ConfigError(
-            f"the loss {recipe.loss.__qualname__} declares needs_online_teacher: a cache holds "  # pyright: ignore
-            "embeddings only; use teacher_outputs='online'"
-        )
-
-
-def check_loss(recipe: Distill) -> None:
-    """Validates a recipe's loss against its mode and teacher.
-
-    Raises:
-        ConfigError: If the loss is unknown or needs a teacher that is not there.
-    """
-    flags = LossFlags.for_mode(recipe.mode, **recipe.flags)
-    if callable(recipe.loss):
-        return
-    weights = weights_for(recipe.loss, flags)
-    if recipe.teacher is None and needs_teacher(active_terms(weights)):
-        raise ConfigError(f"the loss {recipe.loss} compares with a teacher and none is given")
 
 
 def _beside_recipe(recipe: Distill | Embed) -> dict[str, Any]:
