@@ -213,6 +213,23 @@ def test_impossible_resources_are_named_before_anything_starts() -> None:
 
 
 @pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ({"cpus_per_data_task": 8}, "data task .* needs 8 CPU, all of them together may use 1.5"),
+        ({"cpus_per_data_task": 8, "data_cpus": 16}, "data task .* CPU, the largest node has 4"),
+        ({"cpus_per_worker": 6}, "worker .* needs 6 CPU, the largest node has 4"),
+        ({"gpus_per_worker": 2}, "worker .* needs 2 GPU, the largest node has 1"),
+    ],
+)
+def test_tasks_that_fit_on_no_node_are_refused(run: dict[str, Any], message: str) -> None:
+    from kdscale.sweep.schedule import concurrent_trials
+
+    nodes = [{"CPU": 4.0}, {"CPU": 2.0, "GPU": 1.0}]
+    with pytest.raises(ImpossibleResources, match=message):
+        concurrent_trials([stage_needing(**run)], {"CPU": 64, "GPU": 8}, nodes)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (["sweeps/photos.py"], "--data"),

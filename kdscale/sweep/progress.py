@@ -61,7 +61,7 @@ def describe_line(line: Line, total_steps: int | None) -> str:
 
 
 def stage_state(stage: Stage, storage: Storage) -> tuple[str, str]:
-    """Returns a stage's state (done, running, interrupted, waiting) and how far it is."""
+    """Returns a stage's state (done, running, failed, interrupted, waiting) and how far it is."""
     store = stage.store(storage)
     if store.is_done():
         return "done", ""
@@ -69,6 +69,9 @@ def stage_state(stage: Stage, storage: Storage) -> tuple[str, str]:
     detail = describe_line(lines[-1], stage.total_steps) if lines else ""
     if storage.exists(*store.parts, "LEASE"):
         return "running", detail
+    failure = store.failure()
+    if failure is not None:
+        return "failed", failure["message"]
     return ("interrupted", detail) if lines else ("waiting", "")
 
 
