@@ -178,7 +178,8 @@ class StageStore:
             message: For people.
             final: Whether another attempt would end in the same way.
         """
-        self.storage.write_json({"message": message, "final": final}, *self.parts, "FAILED")
+        note = {"message": message, "final": final, "time": time.time()}
+        self.storage.write_json(note, *self.parts, "FAILED")
 
     def failure(self) -> dict[str, Any] | None:
         """Returns what `fail` has noted of the last attempt, None where it has not failed."""
