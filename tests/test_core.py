@@ -14,7 +14,15 @@ from kdscale.core import storage as storage_module
 from kdscale.core.config import Choice, DataSpec, Distill, Execution, TowerSpec
 from kdscale.core.journal import JournalReader, JournalWriter, read_steps
 from kdscale.core.keys import content_key, describe_callable
-from kdscale.core.scale import MINI, PAPER, SCALES, resolve, scale_named, teacher_of
+from kdscale.core.scale import (
+    MINI,
+    PAPER,
+    SCALES,
+    default_bn_group,
+    resolve,
+    scale_named,
+    teacher_of,
+)
 from kdscale.core.storage import Lease, StageStore, Storage, check_lease
 from kdscale.core.types import ConfigError, LeaseLost, StorageError, UnknownField, UnknownName
 from kdscale.data.raw import expand
@@ -62,6 +70,18 @@ def test_unknown_roles_name_the_known_ones(field: str) -> None:
     unknown = recipe(**{field: "vit_t61"})
     with pytest.raises(UnknownName, match="Known: "):
         resolve(unknown, MINI) and teacher_of(unknown, MINI)
+
+
+def test_the_default_bn_group_leaves_the_number_of_workers_free() -> None:
+    assert resolve(recipe(), PAPER).bn_group == 256
+    for batch in (16, 24, 64, 96, 128, 256, 1000, 4096):
+        group = default_bn_group(batch)
+        for workers in (1, 2, 4, 8):
+            share, rest = divmod(batch, workers)
+            assert rest or share % group == 0 or share % 2, (batch, workers)
+    assert resolve(recipe(global_batch_size=64), PAPER).bn_group == 8
+    assert resolve(recipe(bn_group=64), MINI).bn_group == 64
+    assert [default_bn_group(batch) for batch in (1, 2, 6, 7)] == [2, 2, 2, 7]
 
 
 def test_unknown_scale_is_named() -> None:

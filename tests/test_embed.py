@@ -30,7 +30,7 @@ from kdscale.stages.embed import Embedder, pending, shards_of
 from kdscale.stages.embed import finish as finish_embed
 from kdscale.stages.jobs import DistillJob, EmbedJob, embed_recipe
 from kdscale.stages.loop import World
-from kdscale.sweep.plan import check_cacheable
+from kdscale.sweep.check import check_cacheable
 
 GLOBAL, STEPS, VIEWS = 8, 10, 2
 

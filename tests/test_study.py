@@ -86,21 +86,6 @@ class Study:
         raise AssertionError("the study did not get so far")
 
 
-def train_workers(root: str) -> list[int]:
-    """Returns the processes that train for a study."""
-    found: list[int] = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            name = (entry / "cmdline").read_bytes().decode(errors="replace")
-        except OSError:
-            continue
-        if "RayTrainWorker" in name:
-            found.append(int(entry.name))
-    return found
-
-
 def descendants(root: int) -> list[int]:
     """Returns the processes that a process started, and those that they started."""
     parents: dict[int, int] = {}
@@ -112,6 +97,16 @@ def descendants(root: int) -> list[int]:
     for pid in found:
         found += [child for child, parent in parents.items() if parent == pid]
     return found[1:]
+
+
+def train_workers(root: int) -> list[int]:
+    """Returns the processes below a process that train."""
+    found: list[int] = []
+    for pid in descendants(root):
+        with suppress(OSError):
+            if b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
 
 
 def at_step(step: int) -> Callable[[StageStore], bool]:
@@ -187,7 +182,7 @@ def test_a_killed_worker_costs_at_most_the_steps_since_the_checkpoint(
     process = study.start()
     step = random.Random(time.time_ns()).randint(13, 20)  # second epoch, after two checkpoints
     study.wait_for(at_step(step))
-    victim = random.choice(train_workers(study.storage.root))
+    victim = random.choice(train_workers(process.pid))
     os.kill(victim, signal.SIGKILL)
     output, _ = process.communicate(timeout=500)
     assert process.returncode == 0, output[-3000:]

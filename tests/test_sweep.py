@@ -95,6 +95,80 @@ def test_a_loss_that_needs_a_teacher_is_refused_without_one(tmp_path: Path) -> N
         plan_of(Sweep(name="x", stages=[recipe]), tmp_path)
 
 
+def test_what_a_sweep_varies_cannot_be_overridden(tmp_path: Path) -> None:
+    quickstart = load_sweep(SWEEPS / "quickstart.py")
+    for change in ({"loss": "clip"}, {"teacher": "clip_l14"}):
+        with pytest.raises(ConfigError, match="sweep 'quickstart' varies it"):
+            plan_of(quickstart, tmp_path, **change)
+    recipe = Distill(student="vit_t16", teacher="clip_b16", loss="kl")
+    with pytest.raises(ConfigError, match="'seed' cannot be set"):
+        plan_of(Sweep(name="seeds", stages=[recipe], seeds=(0, 1)), tmp_path, seed=2)
+    alone = Sweep(name="one", stages=[recipe], baseline={"loss": "kl"})
+    with pytest.raises(ConfigError, match="tells its baseline by it"):
+        plan_of(alone, tmp_path, loss="clip")
+
+
+def test_names_of_trials_tell_of_overrides(tmp_path: Path) -> None:
+    recipe = Distill(student="vit_t16", teacher="clip_b16", loss=choose("kl", "icl"))
+    plan = plan_of(Sweep(name="x", stages=[recipe]), tmp_path, teacher="clip_l14", lr=1e-3)
+    assert [planned.trial.name for planned in plan.trials] == [
+        "vit_t16 from clip_l14 kl",
+        "vit_t16 from clip_l14 icl",
+    ]
+    assert {planned.trial.chosen["teacher"] for planned in plan.trials} == {"clip_l14"}
+    assert plan.stages[plan.trials[0].key].training.lr == 1e-3
+
+
+def keys_with(workers: int, root: Path, **fields: Any) -> list[str]:
+    run = MINI.run.replace(num_workers=workers)
+    recipe = Distill(student="vit_t16", loss="clip", run=run, **fields)
+    return list(plan_of(Sweep(name="x", stages=[recipe]), root).stages)
+
+
+def test_the_world_size_is_in_the_key_where_it_changes_numbers(tmp_path: Path) -> None:
+    assert keys_with(1, tmp_path) == keys_with(2, tmp_path)
+    assert keys_with(1, tmp_path, mode="paper") != keys_with(2, tmp_path, mode="paper")
+    flags = {"detached_gather": True}
+    assert keys_with(1, tmp_path, flags=flags) != keys_with(2, tmp_path, flags=flags)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"student": "vit_t16", "drop_path": 0.1}, "no drop path"),
+        ({"student": "swin_t", "loss": {"task": 1.0, "mfd": 1.0}}, "open_clip's ViT"),
+        ({"precision": "fp16"}, "fp16 on a CPU"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"crop_scale": (0.9, 0.5)}, "crop_scale"),
+        ({"run": Execution(num_workers=3)}, "shared equally by 3 workers"),
+        ({"run": Execution(micro_batch_size=48)}, "does not divide the 128 rows"),
+        ({"student": "mobilevit_s", "bn_group": 128, "run": Execution(num_workers=2)}, "bn_group"),
+        ({"flags": {"unsynced_heads": True}}, "drop_heads_on_resume"),
+    ],
+)
+def test_recipes_that_cannot_run_are_not_planned(
+    fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    recipe = Distill(**({"student": "vit_t16", "teacher": "clip_b16"} | fields))
+    with pytest.raises(ConfigError, match=message):
+        plan_of(Sweep(name="x", stages=[recipe]), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"student": "swin_t", "drop_path": 0.1},
+        {"student": "vit_t16", "loss": {"task": 1.0, "mfd": 1.0}},
+        {"student": "swin_t", "loss": {"task": 1.0, "mfd": 1.0}, "flags": {"mfd_noop": True}},
+        {"student": "swin_t", "bn_group": 128, "run": Execution(num_workers=2)},
+        {"student": "mobilevit_s", "run": Execution(num_workers=8)},
+    ],
+)
+def test_recipes_that_can_run_are_planned(fields: dict[str, Any], tmp_path: Path) -> None:
+    recipe = Distill(teacher="clip_b16", **fields)
+    assert plan_of(Sweep(name="x", stages=[recipe]), tmp_path).trials
+
+
 def test_paper_work_is_that_of_its_towers(tmp_path: Path) -> None:
     data = MINI.data["cc12m"]
     recipe = Distill(student="vit_t16", teacher="clip_b16", data=data, zero_shot=None, epochs=1)
@@ -151,6 +225,23 @@ def test_impossible_resources_are_named_before_anything_starts() -> None:
         concurrent_trials([stage_needing(num_workers=9)], {"CPU": 4})
     fits = stage_needing(num_workers=2, cpus_per_worker=1, data_cpus=2)
     assert concurrent_trials([fits], {"CPU": 13}) == 3
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ({"cpus_per_data_task": 8}, "data task .* needs 8 CPU, all of them together may use 1.5"),
+        ({"cpus_per_data_task": 8, "data_cpus": 16}, "data task .* CPU, the largest node has 4"),
+        ({"cpus_per_worker": 6}, "worker .* needs 6 CPU, the largest node has 4"),
+        ({"gpus_per_worker": 2}, "worker .* needs 2 GPU, the largest node has 1"),
+    ],
+)
+def test_tasks_that_fit_on_no_node_are_refused(run: dict[str, Any], message: str) -> None:
+    from kdscale.sweep.schedule import concurrent_trials
+
+    nodes = [{"CPU": 4.0}, {"CPU": 2.0, "GPU": 1.0}]
+    with pytest.raises(ImpossibleResources, match=message):
+        concurrent_trials([stage_needing(**run)], {"CPU": 64, "GPU": 8}, nodes)
 
 
 @pytest.mark.parametrize(

@@ -279,7 +279,8 @@ class Distill(Recipe):
         mode: `paper` repeats the released code's behaviour, `corrected` its formulae.
         flags: Single quirks that differ from the mode (`kdscale.losses.recipes.LossFlags`).
         max_steps: Stop after this many optimizer steps; the schedule ends there too.
-        bn_group: Samples of the global batch that share BatchNorm statistics.
+        bn_group: Samples of the global batch that share BatchNorm statistics; None takes
+            `default_bn_group` of the scale's batch: 256 of the paper's 4096.
         views: Distinct crops per sample; None draws a new one each epoch.
         captions: Captions per sample that the epochs take in turn: the sample's own, then those
             that its metadata lists under `captions`.
@@ -309,7 +310,7 @@ class Distill(Recipe):
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = Field(default=1e-6, gt=0)
     grad_clip: float | None = Field(default=None, gt=0)
-    bn_group: int = Field(default=256, gt=1)
+    bn_group: int | None = Field(default=None, gt=1)
     drop_path: float = Field(default=0.0, ge=0, lt=1)
     crop_scale: tuple[float, float] = (0.9, 1.0)
     crop_seed: int = 0

@@ -115,6 +115,9 @@ def resolve(recipe: Distill, scale: Scale, overrides: Mapping[str, Any] | None =
         overrides: Fields set last, after shrinking (`--set`); a mapping under `run` changes
             single fields of the execution that the recipe or else the scale has.
 
+    Returns:
+        The recipe; `bn_group` is a number, at most the batch.
+
     Raises:
         UnknownName: If a role is not in the scale.
         ConfigError: If an override does not validate.
@@ -134,8 +137,22 @@ def resolve(recipe: Distill, scale: Scale, overrides: Mapping[str, Any] | None =
     if isinstance(changes["run"], Mapping):
         changes["run"] = (recipe.run or scale.run).replace(**changes["run"])
     resolved = recipe.replace(**changes)
-    group = min(resolved.bn_group, resolved.global_batch_size)
-    return resolved.replace(bn_group=group) if group > 1 else resolved
+    batch = resolved.global_batch_size
+    group = resolved.bn_group or default_bn_group(batch)
+    return resolved.replace(bn_group=max(2, min(group, batch)))
+
+
+def default_bn_group(global_batch_size: int) -> int:
+    """Returns how many samples share BatchNorm statistics where a recipe does not say.
+
+    The group divides the share of each of 1, 2, 4 or 8 workers, as far as they divide the batch,
+    so that their number stays free: the largest power of two, at most 256, that divides an eighth
+    of the batch (or a quarter or half where there is no eighth), and at least 2.
+    """
+    group = math.gcd(256, global_batch_size // math.gcd(global_batch_size, 8))
+    if group > 1:
+        return group
+    return 2 if global_batch_size % 2 == 0 else max(2, global_batch_size)
 
 
 def teacher_of(recipe: Distill, scale: Scale) -> TowerSpec | Distill | None:

@@ -189,6 +189,26 @@ class StageStore:
         """Reads `stage.json`."""
         return self.storage.read_json(*self.parts, "stage.json")
 
+    def fail(self, message: str, *, final: bool) -> None:
+        """Notes why an attempt has ended.
+
+        Args:
+            message: For people.
+            final: Whether another attempt would end in the same way.
+        """
+        note = {"message": message, "final": final, "time": time.time()}
+        self.storage.write_json(note, *self.parts, "FAILED")
+
+    def failure(self) -> dict[str, Any] | None:
+        """Returns what `fail` has noted of the last attempt, None where it has not failed."""
+        if self.is_done() or not self.storage.exists(*self.parts, "FAILED"):
+            return None
+        return self.storage.read_json(*self.parts, "FAILED")
+
+    def forget_failure(self) -> None:
+        """Takes the note away, as a new attempt begins."""
+        self.storage.remove(*self.parts, "FAILED")
+
     def finish(self, record: dict[str, Any]) -> None:
         """Writes `stage.json`, marks the stage done, and drops the checkpoints, in this order."""
         self.storage.write_json(record, *self.parts, "stage.json")

@@ -94,8 +94,34 @@ class StageFailed(KdscaleError):
     """A stage of a trial ended with an error."""
 
 
+class StageRefused(StageFailed):
+    """A stage that another attempt would end in the same way."""
+
+
 class ImpossibleResources(KdscaleError):
     """A placement that this cluster can never satisfy."""
+
+
+# Errors that lie in what was asked for: trying again meets them again.
+FINAL_ERRORS = (ConfigError, DataError, WeightsError, TrainingDiverged)
+
+
+def final_cause(error: BaseException) -> BaseException | None:
+    """Returns the innermost of `FINAL_ERRORS` that an error stands for, None where there is none.
+
+    Looks through what Ray wraps around errors of tasks, workers and controllers.
+    """
+    failures: dict[int, object] = getattr(error, "worker_failures", {})
+    inner = [error.__cause__, *(getattr(error, name, None) for name in _WRAPPED)]
+    for cause in [*inner, *failures.values()]:
+        if isinstance(cause, BaseException) and cause is not error:
+            found = final_cause(cause)
+            if found is not None:
+                return found
+    return error if isinstance(error, FINAL_ERRORS) else None
+
+
+_WRAPPED = ("cause", "controller_failure")
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> UnknownName:

@@ -16,6 +16,7 @@ from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
 from kdscale.core.config import TowerSpec
+from kdscale.core.scale import default_bn_group
 from kdscale.core.storage import Storage
 from kdscale.core.types import CacheMissing, CheckpointError, ConfigError
 from kdscale.data.samples import Batch
@@ -101,7 +102,9 @@ class DistillTask:
         if not callable(loss) and "sigmoid" in active_terms(weights_for(loss, self.flags)):
             options["logit_bias"] = SIGMOID_BIAS  # SigLIP's start; a pair with its own keeps it
         model = load_tower(spec, storage, seed=self.recipe.seed, **options)
-        group_batchnorm(model, self.recipe.bn_group)
+        group_batchnorm(
+            model, self.recipe.bn_group or default_bn_group(self.recipe.global_batch_size)
+        )
         sampled_drop_path(model)
         return Tower(model.to(self.world.device).train(), spec)
 

@@ -6,8 +6,9 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,7 +20,14 @@ import torch
 from kdscale.core.checkpoints import Checkpoints
 from kdscale.core.config import Execution, TowerSpec
 from kdscale.core.journal import JournalWriter
-from kdscale.core.types import CheckpointError, StageFailed
+from kdscale.core.storage import StageStore
+from kdscale.core.types import (
+    FINAL_ERRORS,
+    CheckpointError,
+    StageFailed,
+    StageRefused,
+    final_cause,
+)
 from kdscale.data.samples import Batch, Crop
 from kdscale.data.stream import (
     StreamConfig,
@@ -47,9 +55,13 @@ def fit(jobs: Sequence[DistillJob]) -> None:
 
     Raises:
         StageFailed: If the workers failed more often than `Execution.max_failures` allows.
+        StageRefused: At the first failure that another attempt would meet again.
     """
     run = jobs[0].recipe.run
     assert run is not None
+    for job in jobs:
+        job.stage.forget_failure()
+    failure: Exception | None = None
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", HEALTH_CHECK_INTERVAL_S)
     with tempfile.TemporaryDirectory() as bookkeeping:  # Ray Train's own; nothing reads it
         trainer = ray.train.torch.TorchTrainer(
@@ -67,8 +79,31 @@ def fit(jobs: Sequence[DistillJob]) -> None:
         try:
             trainer.fit()
         except Exception as error:
-            names = " and ".join(f"{job.kind} {job.key}" for job in jobs)
-            raise StageFailed(f"{names} failed: {_root_cause(error)}") from error
+            failure = error
+    raise_failed(jobs, failure)
+
+
+def raise_failed(jobs: Sequence[DistillJob | EmbedJob], error: Exception | None) -> None:
+    """Raises what has ended an attempt, and notes it in the stage unless a worker has.
+
+    Args:
+        jobs: What was to be done, in order.
+        error: What reached the driver; None where the workers came to an end.
+
+    Raises:
+        StageRefused: If another attempt would end in the same way.
+        StageFailed: If it might not.
+    """
+    noted = [job for job in jobs if job.stage.failure() is not None]
+    if error is None and not noted:
+        return
+    job = next(iter(noted or [job for job in jobs if not job.stage.is_done()] or jobs))
+    if not noted and error is not None:
+        cause = final_cause(error)
+        job.stage.fail(_root_cause(cause or error), final=cause is not None)
+    found = job.stage.failure() or {"message": _root_cause(error), "final": False}
+    kind = StageRefused if found["final"] else StageFailed
+    raise kind(f"{job.kind} {job.key} failed: {found['message']}") from error
 
 
 def embed(job: EmbedJob) -> None:
@@ -79,9 +114,11 @@ def embed(job: EmbedJob) -> None:
 
     Raises:
         StageFailed: If a shard could not be embedded.
+        StageRefused: If another attempt could not embed it either.
     """
     from kdscale.stages.embed import Embedder, finish, pending, shards_of
 
+    job.stage.forget_failure()
     run, started = job.recipe.run or Execution(), time.time()
     journal, total = JournalWriter(job.stage, 1), len(shards_of(job))
     left = pending(job)
@@ -100,7 +137,7 @@ def embed(job: EmbedJob) -> None:
             speed = {"samples_per_s": row["samples"] / row["seconds"]}
             journal.append({"step": done, "shards": total, **speed})
     except Exception as error:
-        raise StageFailed(f"embed {job.key} failed: {_root_cause(error)}") from error
+        raise_failed([job], error)
     finish(job, summary, time.time() - started)
 
 
@@ -162,19 +199,39 @@ def _dataset_from_cursor(job: DistillJob) -> Callable[[], Any]:
 
 def _work(config: dict[str, Any]) -> None:
     """Runs on every worker, the only process that needs the model libraries."""
-    rank, size, device, report = _place(config["in_group"])
     jobs = [job for job in config["jobs"] if not job.stage.is_done()]
-    # The first stream starts its processes while this one imports the model libraries.
-    first = _Started(jobs[0], rank) if jobs else None
-    from kdscale.stages.loop import World
-    from kdscale.stages.run import Run
+    # Ray starts a failed group again whatever the error was; `fit` tells of a final one.
+    if not jobs or any(job.stage.failure() for job in jobs):
+        return
+    rank, size, device, report = _place(config["in_group"])
+    with noting(jobs[0].stage):
+        # The first stream starts its processes while this one imports the model libraries.
+        first = _Started(jobs[0], rank)
+        from kdscale.stages.loop import World
+        from kdscale.stages.run import Run
 
     world = World(rank=rank, size=size, device=device)
     for job in jobs:
         if job.recipe.run is not None and job.recipe.run.threads_per_worker is not None:
             torch.set_num_threads(job.recipe.run.threads_per_worker)
-        stream = first if first is not None and first.job is job else _Started(job, rank)
-        Run(job, world, report).train(stream.batches)
+        with noting(job.stage):
+            stream = first if first.job is job else _Started(job, rank)
+            Run(job, world, report).train(stream.batches)
+
+
+@contextmanager
+def noting(stage: StageStore) -> Generator[None]:
+    """Notes an error that another attempt would meet again.
+
+    It is raised all the same: other workers may wait for this one, and only Ray can end them.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause = final_cause(error)
+        if cause is not None:
+            stage.fail(_root_cause(cause), final=True)
+        raise
 
 
 def _place(in_group: bool) -> tuple[int, int, torch.device, Callable[[dict[str, float]], None]]:
@@ -225,9 +282,9 @@ def _single(device: Any) -> torch.device:
     return device[0] if isinstance(device, list) else device
 
 
-def _root_cause(error: BaseException) -> str:
+def _root_cause(error: BaseException | None) -> str:
     """Returns the innermost message, which is the one a person can act on."""
-    while error.__cause__ is not None:
+    while error is not None and not isinstance(error, FINAL_ERRORS) and error.__cause__ is not None:
         error = error.__cause__
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[-1] if text else ''}"

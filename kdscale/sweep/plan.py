@@ -14,10 +14,11 @@ from kdscale.core.config import EMBED_STAGE, STAGE_WEIGHTS, DataSpec, Distill, E
 from kdscale.core.keys import content_key
 from kdscale.core.scale import Scale, Sizes, data_names, resolve, teacher_of
 from kdscale.core.storage import StageStore, Storage
-from kdscale.core.types import ConfigError, DataError, NoShards, unknown_name
-from kdscale.losses.recipes import LossFlags, active_terms, needs_teacher, weights_for
+from kdscale.core.types import DataError, NoShards, unknown_name
+from kdscale.losses.recipes import LossFlags
 from kdscale.stages.inputs import Source, find_source
 from kdscale.stages.jobs import embed_recipe, features_recipe
+from kdscale.sweep.check import check_cacheable, check_recipe
 from kdscale.sweep.cost import EFFECTIVE_TFLOPS, Work, bytes_out, flops, gpu_hours, saving
 from kdscale.sweep.grid import Sweep, Trial
 
@@ -172,18 +173,22 @@ class Planner:
 
     def __init__(self, storage: Storage, scale: Scale, overrides: Mapping[str, Any]) -> None:
         self.plan = Plan(scale=scale, storage=storage)
-        self._roles = {name: value for name, value in overrides.items() if name in ROLES}
-        self._overrides = {name: value for name, value in overrides.items() if name not in ROLES}
+        self._overrides = dict(overrides)
         self._sources: dict[tuple[str, bool], Source | None] = {}
         self._names: set[str] = set()
 
     def add(self, sweep: Sweep) -> None:
-        """Adds a sweep's trials and the stages that are not in the plan yet."""
-        for trial in sweep.trials():
+        """Adds a sweep's trials and the stages that are not in the plan yet.
+
+        Raises:
+            ConfigError: If an override sets what the sweep varies, or a recipe cannot run.
+        """
+        for trial in sweep.trials(self._overrides):
             path: list[str] = []
-            named = trial.recipe.replace(**self._roles)
-            recipe = resolve(named, self.plan.scale, self._overrides)
-            recipe = recipe.replace(teacher=self._teacher(named, path))
+            # Set in the trial already, before a scale shrank the sizes; roles are specs by now.
+            again = {k: v for k, v in self._overrides.items() if k not in ROLES}
+            recipe = resolve(trial.recipe, self.plan.scale, again)
+            recipe = recipe.replace(teacher=self._teacher(trial.recipe, path))
             recipe = self._cached(recipe, path)
             self._add_stage("distill", trial.name, recipe, path)
             self.plan.trials.append(PlannedTrial(sweep=sweep.name, trial=trial, path=tuple(path)))
@@ -225,10 +230,10 @@ class Planner:
     def _add_stage(self, kind: str, name: str, recipe: Distill | Embed, path: list[str]) -> str:
         """Adds a stage unless the plan has it, and appends its key to the path."""
         if isinstance(recipe, Distill):
-            check_loss(recipe)
+            check_recipe(recipe)
         data, *others = self._sources_of(recipe)
         manifests = {s.spec.urls: s.hash for s in (data, *others) if s and s.spec.urls}
-        key = content_key(kind, recipe.version, recipe, manifests)
+        key = content_key(kind, recipe.version, recipe, manifests, _beside_recipe(recipe))
         if key not in self.plan.stages:
             work = _amount(recipe, data)
             self.plan.stages[key] = Stage(
@@ -303,36 +308,14 @@ def _units(recipe: Distill | Embed, data: Source) -> int:
     return math.ceil(share * data.num_shards)
 
 
-def check_cacheable(recipe: Distill) -> None:
-    """Refuses a distillation that a teacher cache cannot feed.
-
-    Raises:
-        ConfigError: If crops are drawn anew each epoch, or the loss wants the teacher itself.
-    """
-    if recipe.views is None:
-        raise ConfigError(
-            "teacher_outputs='cached' needs views=N, the crops per sample that are embedded; "
-            "views=None draws a new crop each epoch"
-        )
-    if getattr(recipe.loss, "needs_online_teacher", False):
-        raise ConfigError(
-            f"the loss {recipe.loss.__qualname__} declares needs_online_teacher: a cache holds "  # pyright: ignore
-            "embeddings only; use teacher_outputs='online'"
-        )
-
-
-def check_loss(recipe: Distill) -> None:
-    """Validates a recipe's loss against its mode and teacher.
-
-    Raises:
-        ConfigError: If the loss is unknown or needs a teacher that is not there.
-    """
+def _beside_recipe(recipe: Distill | Embed) -> dict[str, Any]:
+    """Returns what decides a stage's numbers though its execution otherwise does not."""
+    if not isinstance(recipe, Distill) or recipe.run is None:
+        return {}
     flags = LossFlags.for_mode(recipe.mode, **recipe.flags)
-    if callable(recipe.loss):
-        return
-    weights = weights_for(recipe.loss, flags)
-    if recipe.teacher is None and needs_teacher(active_terms(weights)):
-        raise ConfigError(f"the loss {recipe.loss} compares with a teacher and none is given")
+    if flags.detached_gather or flags.unsynced_heads:
+        return {"world_size": recipe.run.world_size}
+    return {}
 
 
 def _sum(values: Iterable[float | None]) -> float | None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
 from kdscale.core.config import Distill
-from kdscale.core.journal import Line, read_steps
+from kdscale.core.journal import JournalReader, Line, read_steps
 from kdscale.core.storage import Lease, Storage
+from kdscale.core.types import StorageError
 from kdscale.sweep.grid import label
 from kdscale.sweep.plan import Plan, Stage
 
@@ -46,6 +50,54 @@ class Progress:
         self.say(f"[cyan]{stage.kind}[/] {stage.name}: {describe_line(line, stage.total_steps)}")
 
 
+class Follower:
+    """Shows what the stages' journals say from a thread, whatever happens to MLflow.
+
+    Args:
+        plan: What is run; only stages that are left to run are followed.
+        progress: Where to show it.
+        every_s: Seconds between two looks.
+    """
+
+    def __init__(self, plan: Plan, progress: Progress, every_s: float = 2.0) -> None:
+        self._plan, self._progress, self._every_s = plan, progress, every_s
+        self._readers: dict[str, JournalReader] = {}
+        self._failures: dict[str, Any] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, daemon=True, name="progress")
+
+    def __enter__(self) -> Follower:
+        for stage in self._plan.remaining():
+            store = stage.store(self._plan.storage)
+            self._readers[stage.key] = reader = JournalReader(store)
+            with suppress(OSError, StorageError):  # an earlier run has shown these
+                reader.new_lines()
+                self._failures[stage.key] = store.failure()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def look(self) -> None:
+        """Shows new lines and new failures; a storage fault is left to the next look."""
+        for stage in self._plan.remaining():
+            with suppress(OSError, StorageError):
+                for line in self._readers[stage.key].new_lines():
+                    self._progress.line(stage, line)
+                failure = stage.store(self._plan.storage).failure()
+                if failure and failure != self._failures.get(stage.key):
+                    text = escape(f"{stage.name}: {failure['message']}")
+                    self._progress.say(f"[red]{stage.kind} failed[/] {text}")
+                self._failures[stage.key] = failure
+
+    def _loop(self) -> None:
+        while not self._stop.wait(self._every_s):
+            self.look()
+        self.look()
+
+
 def describe_line(line: Line, total_steps: int | None) -> str:
     """Puts a journal line in words."""
     if "shards" in line:
@@ -61,7 +113,7 @@ def describe_line(line: Line, total_steps: int | None) -> str:
 
 
 def stage_state(stage: Stage, storage: Storage) -> tuple[str, str]:
-    """Returns a stage's state (done, running, interrupted, waiting) and how far it is."""
+    """Returns a stage's state (done, running, failed, interrupted, waiting) and how far it is."""
     store = stage.store(storage)
     if store.is_done():
         return "done", ""
@@ -69,6 +121,9 @@ def stage_state(stage: Stage, storage: Storage) -> tuple[str, str]:
     detail = describe_line(lines[-1], stage.total_steps) if lines else ""
     if Lease.seems_held(store):
         return "running", detail
+    failure = store.failure()
+    if failure is not None:
+        return "failed", failure["message"]
     was_begun = lines or storage.exists(*store.parts, "LEASE")
     return ("interrupted", detail) if was_begun else ("waiting", "")
 

@@ -12,7 +12,7 @@ from rich.text import Text
 from kdscale.core.types import NoShards
 from kdscale.sweep.grid import Sweep
 from kdscale.sweep.plan import Plan
-from kdscale.sweep.progress import Progress, print_plan
+from kdscale.sweep.progress import Follower, Progress, print_plan
 from kdscale.sweep.render import print_report, write_html
 from kdscale.sweep.report import build_report
 from kdscale.sweep.tracking import Mirror, Tracker, default_tracking_uri, viewing
@@ -53,7 +53,7 @@ def execute(
     def connect() -> list[Tracker]:
         return [Tracker(uri, sweep.name, plan) for sweep in sweeps]
 
-    with Mirror(connect, progress.line) as mirror:
+    with Follower(plan, progress), Mirror(connect) as mirror:
         failures = run_plan(plan)
     _publish(plan, sweeps, mirror, console, command)
     _print_place(console, "look", viewing(uri))

@@ -29,7 +29,7 @@ import kdscale
 from kdscale.core.config import Distill, Embed, Execution, TowerSpec
 from kdscale.core.keys import describe
 from kdscale.core.storage import Lease, Storage
-from kdscale.core.types import ImpossibleResources, StageFailed
+from kdscale.core.types import ImpossibleResources, StageFailed, StageRefused
 from kdscale.data.shards import Manifest, check_labels
 from kdscale.stages.inputs import find_source
 from kdscale.stages.jobs import DistillJob, EmbedJob
@@ -40,6 +40,7 @@ from kdscale.sweep.plan import Plan, PlannedTrial, Stage, total_steps
 WAIT_FOR_WRITER_S = 1.0
 START_ATTEMPTS = 3
 TRIAL_RETRIES = 1  # for a killed trial process; failed workers are Ray Train's to restart
+REFUSED = "refused"
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -128,8 +129,17 @@ def trial_resources(stages: Sequence[Stage]) -> dict[str, float]:
     return resources | ({"GPU": gpus} if gpus else {})
 
 
-def concurrent_trials(stages: Sequence[Stage], available: Mapping[str, float]) -> int:
+def concurrent_trials(
+    stages: Sequence[Stage],
+    available: Mapping[str, float],
+    nodes: Sequence[Mapping[str, float]] = (),
+) -> int:
     """Returns how many stages fit on the cluster at once.
+
+    Args:
+        stages: What is left to run.
+        available: Resources of the whole cluster.
+        nodes: Resources of each node; none where they are not known.
 
     Raises:
         ImpossibleResources: If one stage alone does not fit, naming the resource that lacks.
@@ -146,7 +156,35 @@ def concurrent_trials(stages: Sequence[Stage], available: Mapping[str, float]) -
                     "(--set run.num_workers=1), or bring nodes"
                 )
             fits.append(int(have // amount))
+        check_tasks(stage, nodes)
     return max(1, min(fits, default=1))
+
+
+def check_tasks(stage: Stage, nodes: Sequence[Mapping[str, float]]) -> None:
+    """Refuses workers and data tasks that fit on no node; Ray would wait for ever.
+
+    Raises:
+        ImpossibleResources: Naming the task, the resource and the largest node.
+    """
+    run, who = stage.recipe.run, f"{stage.kind} {stage.name!r}"
+    assert run is not None
+    if run.cpus_per_data_task > run.data_cpus:
+        raise ImpossibleResources(
+            f"a data task of {who} needs {run.cpus_per_data_task:g} CPU, all of them together may "
+            f"use {run.data_cpus:g}; lower run.cpus_per_data_task or raise run.data_cpus"
+        )
+    for what, field, resource in (
+        ("worker", "cpus_per_worker", "CPU"),
+        ("worker", "gpus_per_worker", "GPU"),
+        ("data task", "cpus_per_data_task", "CPU"),
+    ):
+        amount = getattr(run, field)
+        largest = max((node.get(resource, 0.0) for node in nodes), default=amount)
+        if amount > largest:
+            raise ImpossibleResources(
+                f"a {what} of {who} needs {amount:g} {resource}, the largest node has "
+                f"{largest:g}; lower run.{field}, or bring a larger node"
+            )
 
 
 def run_plan(plan: Plan) -> list[TrialFailure]:
@@ -163,7 +201,8 @@ def run_plan(plan: Plan) -> list[TrialFailure]:
         return []
     ship_own_losses(plan)
     start_ray()
-    concurrency = concurrent_trials(plan.remaining(), ray.cluster_resources())
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    concurrency = concurrent_trials(plan.remaining(), ray.cluster_resources(), nodes)
     trainable = ray.tune.with_resources(
         ray.tune.with_parameters(_run_trial, plan=plan), trial_resources(plan.remaining())
     )
@@ -205,12 +244,15 @@ def waiting_trials(plan: Plan) -> list[PlannedTrial]:
 
 
 def _failures(trials: Sequence[PlannedTrial], results: Any) -> list[TrialFailure]:
-    """Collects the errors of trials."""
-    return [
-        TrialFailure(trials[result.config["trial"]], _last_line(result.error))
-        for result in results
-        if result.error is not None
-    ]
+    """Collects the errors of trials, those that Tune has seen and those kept from it."""
+    found: list[TrialFailure] = []
+    for result in results:
+        message: str | None = (result.metrics or {}).get(REFUSED)
+        if result.error is not None:
+            message = _last_line(result.error)
+        if message is not None:
+            found.append(TrialFailure(trials[result.config["trial"]], message))
+    return found
 
 
 def _last_line(error: BaseException) -> str:
@@ -222,7 +264,10 @@ def _last_line(error: BaseException) -> str:
 def _run_trial(config: dict[str, Any], plan: Plan) -> dict[str, Any]:
     """Walks a trial's path; runs on a Tune actor that takes no resources itself."""
     trial = waiting_trials(plan)[config["trial"]]
-    run_stages([plan.stages[key] for key in trial.path], plan.storage)
+    try:
+        run_stages([plan.stages[key] for key in trial.path], plan.storage)
+    except StageRefused as error:
+        return {"key": trial.key, REFUSED: str(error)}  # Tune would try again
     return {"key": trial.key}
 
 
@@ -230,7 +275,7 @@ def run_stages(path: Sequence[Stage], storage: Storage) -> None:
     """Runs what is unfinished of a path, in one group of workers; waits for other writers.
 
     Raises:
-        StageFailed: If the workers failed.
+        StageFailed: If the workers failed; StageRefused where they would fail again.
     """
     while True:
         pending = [stage for stage in path if not stage.store(storage).is_done()]
