@@ -98,7 +98,8 @@ class Sweep:
             for template in self.stages
             for recipe in expand(template)
         ]
-        changes = dict(overrides or {})
+        # Single fields of `run` are set when the scale is known; they change no name.
+        changes = {name: value for name, value in (overrides or {}).items() if name != "run"}
         self._check_free(changes, recipes)
         recipes = [recipe.replace(**changes) for recipe in recipes]
         varied = {
