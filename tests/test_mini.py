@@ -26,6 +26,7 @@ from kdscale.core.types import ConfigError
 from kdscale.data.shards import read_good
 from kdscale.mini import vocabulary
 from kdscale.mini.build import encode_sample, write_world
+from kdscale.mini.paint import render
 from kdscale.mini.scenes import (
     CLASSNAMES,
     COLOURS,
@@ -36,7 +37,6 @@ from kdscale.mini.scenes import (
     caption,
     captions,
     draw,
-    render,
 )
 from kdscale.stages.inputs import find_source
 
@@ -62,7 +62,7 @@ def fingerprint(world: MiniWorld, indices: range) -> str:
 def test_same_scene_in_another_process():
     script = (
         "from kdscale.core.config import MiniWorld\n"
-        "from kdscale.mini.scenes import draw, render\n"
+        "from kdscale.mini.paint import render\nfrom kdscale.mini.scenes import draw\n"
         "w = MiniWorld(seed=5)\n"
         "print([int(render(draw(w, i), 48).sum()) for i in range(8)])\n"
     )
