@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import resource
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from worlds import PX, vit
 
 import kdscale.stages.distill as distill_module
 from kdscale.core.config import DataSpec, Distill, Embed, Execution, TowerSpec
-from kdscale.core.types import CacheCorrupt, CacheMismatch, CacheMissing, ConfigError
+from kdscale.core.types import CacheCorrupt, CacheMismatch, CacheMissing, ConfigError, StorageError
 from kdscale.data.blocks import Plan, Reading, finish, read_segment
 from kdscale.data.order import Order
 from kdscale.data.samples import Batch, Crop, render
@@ -284,30 +284,17 @@ def test_what_the_cache_was_not_made_for_is_named(filled: EmbedJob, manifest: Ma
         read_sidecar(cache, view_name(0), manifest.shards[1])
 
 
-FULL = """
-import resource, signal, sys
-from test_embed import *
-from kdscale.core.types import StorageError
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-manifest = build_manifest(DataSpec(name="t", urls=sys.argv[2]), num_threads=1)
-job = embed_job(distill_job(Path(sys.argv[1]), manifest, tall(224, 32)))
-resource.setrlimit(resource.RLIMIT_FSIZE, (900, resource.RLIM_INFINITY))
-try:
-    fill(job)
-except StorageError as error:
-    print("StorageError", error)
-"""
-
-
-def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, shards: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", FULL, str(tmp_path), shards],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert "StorageError cannot write" in done.stdout, done.stdout + done.stderr
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, manifest: Manifest) -> None:
+    job = embed_job(distill_job(tmp_path, manifest, tall(224, 32)))
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (900, hard))
+    try:
+        with pytest.raises(StorageError, match="cannot write"):
+            fill(job)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        signal.signal(signal.SIGXFSZ, before)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
