@@ -1,7 +1,11 @@
 """kdscale: Ray-distributed sweeps for vision-language distillation research."""
 
-from kdscale.core.config import DataSpec, Distill, Execution, MiniWorld, TowerSpec, ZeroShotSpec
-from kdscale.sweep.grid import Pivot, Sweep, choose, product, zipped
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kdscale.core.config import DataSpec, Distill, Execution, MiniWorld, TowerSpec, ZeroShotSpec
+    from kdscale.sweep.grid import Pivot, Sweep, choose, product, zipped
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,3 +21,13 @@ __all__ = [
     "product",
     "zipped",
 ]
+_SWEEP = {"Pivot", "Sweep", "choose", "product", "zipped"}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports on first use: a data task needs none of it, and starts the sooner."""
+    if name not in __all__:
+        raise AttributeError(f"module 'kdscale' has no attribute {name!r}")
+    return getattr(
+        import_module("kdscale.sweep.grid" if name in _SWEEP else "kdscale.core.config"), name
+    )

@@ -6,8 +6,7 @@ import importlib.util
 import json
 import shlex
 import sys
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,19 +14,23 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from kdscale.cli_bench import bench
+from kdscale.cli_data import data_app
 from kdscale.core.config import Execution
 from kdscale.core.scale import Scale, scale_named
 from kdscale.core.storage import Storage
-from kdscale.core.types import ConfigError, KdscaleError, StageFailed
+from kdscale.core.types import ConfigError
 from kdscale.sweep.grid import Sweep
 from kdscale.sweep.plan import Plan, make_plan
+from kdscale.sweep.tracking import redacted
+from kdscale.terminal import AsJson, StorageRoot, console, guarded
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
-console = Console()
+data_app.command("bench")(bench)
+app.add_typer(data_app, name="data")
 
 Files = Annotated[list[Path], typer.Argument(help="Sweep files.", exists=True, dir_okay=False)]
 ScaleName = Annotated[str | None, typer.Option("--scale", help="paper, mini or true_size_cpu.")]
-StorageRoot = Annotated[str, typer.Option("--storage", help="Where stages live.")]
 Uri = Annotated[str | None, typer.Option("--tracking-uri", help="MLflow; SQLite by default.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="Recipe field, e.g. lr=1e-3, run.num_workers=1.")
@@ -37,7 +40,6 @@ Data = Annotated[
 ]
 RandomWeights = Annotated[bool, typer.Option("--random-weights", help="Pretrained towers drawn.")]
 MaxSteps = Annotated[int | None, typer.Option("--max-steps", help="Stop every stage there.", min=1)]
-AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,19 +67,27 @@ def _common_scale(sweeps: Sequence[Sweep]) -> str | Scale:
 
 
 def parse_data(patterns: Sequence[str]) -> dict[str, str]:
-    """Turns `--data` options into {data set: pattern}; the empty name stands for all others."""
+    """Turns `--data` options into {data set: pattern}; the empty name stands for all others.
+
+    An `=` behind a `/` or `:` belongs to the pattern (`s3://bucket/date=2024/*.tar`).
+    """
     paths: dict[str, str] = {}
     for item in patterns:
         name, found, pattern = item.partition("=")
-        paths |= {name: pattern} if found else {"": item}
+        is_named = found and not {"/", ":"} & set(name)
+        paths |= {name: pattern} if is_named else {"": item}
     return paths
 
 
 def parse_settings(settings: Sequence[str], scale: Scale) -> dict[str, Any]:
     """Turns `--set` options into recipe fields; `distill.` in front of a field is allowed.
 
+    Returns:
+        {field: value}; `run` holds only the fields of the execution that are to change.
+
     Raises:
         ConfigError: If an option is not of the form `a.b=value`.
+        UnknownField: If `run` has no such field.
     """
     fields: dict[str, Any] = {}
     run: dict[str, Any] = {}
@@ -95,7 +105,8 @@ def parse_settings(settings: Sequence[str], scale: Scale) -> dict[str, Any]:
         else:
             fields[name] = value
     if run:
-        fields["run"] = Execution(**(scale.run.model_dump() | run))
+        Execution(**(scale.run.model_dump() | run))
+        fields["run"] = run
     return fields
 
 
@@ -156,22 +167,11 @@ def sweep_command(action: Callable[[Request], None]) -> Callable[..., None]:
 
 
 def _run_command() -> str:
-    """Returns the command that runs what this one was asked about."""
-    program, *options = sys.argv
+    """Returns the command that runs what this one was asked about, without passwords."""
+    program, *options = map(redacted, sys.argv)
     if Path(program).suffix == ".py":
         return shlex.join(["python", program, *options])
     return shlex.join(["kdscale", "run", *(option for option in options[1:] if option != "--json")])
-
-
-@contextmanager
-def guarded() -> Generator[None]:
-    """Turns our errors into a line a person can act on: exit 2 for input, 1 for failed stages."""
-    try:
-        yield
-    except KdscaleError as error:
-        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: ", end="")
-        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(str(error))
-        raise typer.Exit(1 if isinstance(error, StageFailed) else 2) from error
 
 
 def run_sweep(request: Request) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,20 @@ from kdscale.core import storage as storage_module
 from kdscale.core.config import Choice, DataSpec, Distill, Execution, TowerSpec
 from kdscale.core.journal import JournalReader, JournalWriter, read_steps
 from kdscale.core.keys import content_key, describe_callable
-from kdscale.core.scale import MINI, PAPER, SCALES, resolve, scale_named, teacher_of
-from kdscale.core.storage import Lease, StageStore, Storage
-from kdscale.core.types import ConfigError, StorageError, UnknownField, UnknownName
+from kdscale.core.scale import (
+    MINI,
+    PAPER,
+    SCALES,
+    default_bn_group,
+    resolve,
+    scale_named,
+    teacher_of,
+)
+from kdscale.core.storage import Lease, StageStore, Storage, check_lease
+from kdscale.core.types import ConfigError, LeaseLost, StorageError, UnknownField, UnknownName
+from kdscale.data.raw import expand
+from kdscale.sweep.plan import Stage
+from kdscale.sweep.progress import stage_state
 
 
 def recipe(**fields: object) -> Distill:
@@ -58,6 +70,18 @@ def test_unknown_roles_name_the_known_ones(field: str) -> None:
     unknown = recipe(**{field: "vit_t61"})
     with pytest.raises(UnknownName, match="Known: "):
         resolve(unknown, MINI) and teacher_of(unknown, MINI)
+
+
+def test_the_default_bn_group_leaves_the_number_of_workers_free() -> None:
+    assert resolve(recipe(), PAPER).bn_group == 256
+    for batch in (16, 24, 64, 96, 128, 256, 1000, 4096):
+        group = default_bn_group(batch)
+        for workers in (1, 2, 4, 8):
+            share, rest = divmod(batch, workers)
+            assert rest or share % group == 0 or share % 2, (batch, workers)
+    assert resolve(recipe(global_batch_size=64), PAPER).bn_group == 8
+    assert resolve(recipe(bn_group=64), MINI).bn_group == 64
+    assert [default_bn_group(batch) for batch in (1, 2, 6, 7)] == [2, 2, 2, 7]
 
 
 def test_unknown_scale_is_named() -> None:
@@ -121,6 +145,23 @@ def test_storage_writes_whole_files_or_none(tmp_path: Path) -> None:
         storage.read("a", "c.txt")
 
 
+def test_faults_of_the_disk_are_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    blocked = Storage(str(tmp_path / "file"))
+    for act in (lambda: blocked.write(b"", "a"), lambda: blocked.create(b"", "a", "b")):
+        with pytest.raises(StorageError, match=r"cannot write .*--storage"):
+            act()
+    with pytest.raises(StorageError, match="cannot read"):
+        Storage(str(tmp_path)).read(".")
+
+
+def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Storage("~/runs").root == f"{tmp_path}/runs"
+    (tmp_path / "a.tar").write_bytes(b"")
+    assert expand("~/*.tar") == [f"{tmp_path}/a.tar"]
+
+
 def test_storage_works_on_other_filesystems() -> None:
     storage = Storage("memory://runs")
     stage = StageStore(storage, "distill", "k" * 16)
@@ -138,6 +179,55 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
     with first:
         assert Lease.acquire(stage) is None
     assert Lease.acquire(stage) is not None
+
+
+def test_a_lease_outlives_a_fault_of_the_storage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage_module, "HEARTBEAT_S", 0.02)
+    stage = StageStore(Storage(str(tmp_path)), "distill", "k" * 16)
+    lease = Lease.acquire(stage)
+    assert lease is not None
+    reads = 0
+
+    def refuse(*_: object) -> bytes:
+        nonlocal reads
+        reads += 1
+        raise PermissionError("not now")
+
+    with lease:
+        monkeypatch.setattr(stage.storage.fs, "cat_file", refuse)
+        while reads < 2:
+            time.sleep(0.01)
+        monkeypatch.undo()
+        check_lease(stage, lease.token)
+
+
+def _state(stage: StageStore) -> str:
+    fields: dict[str, object] = dict.fromkeys(("num_samples", "total_steps", "flops", "bytes_out"))
+    fields |= {"kind": stage.kind, "key": stage.key, "name": "x", "inputs": (), "reused": False}
+    planned = Stage(recipe=resolve(recipe(), MINI), **fields)  # pyright: ignore
+    return stage_state(planned, stage.storage)[0]
+
+
+def test_status_tells_the_dead_from_the_living(tmp_path: Path) -> None:
+    stage = StageStore(Storage(str(tmp_path)), "distill", "k" * 16)
+    assert _state(stage) == "waiting"
+    process = multiprocessing.get_context("fork").Process(
+        target=_leave_a_lease, args=(str(tmp_path),)
+    )
+    process.start()
+    process.join()
+    assert _state(stage) == "interrupted"
+    for age_s, expected in ((1, "running"), (60, "interrupted")):
+        foreign = {"host": "elsewhere", "pid": 1, "beat": time.time_ns() - int(age_s * 1e9)}
+        stage.storage.write(json.dumps(foreign).encode(), *stage.parts, "LEASE")
+        assert _state(stage) == expected
+    stage.storage.remove(*stage.parts, "LEASE")
+    lease = Lease.acquire(stage)
+    assert lease is not None
+    with lease:
+        assert _state(stage) == "running"
 
 
 def _leave_a_lease(root: str) -> None:
@@ -181,3 +271,29 @@ def test_the_journal_keeps_the_last_attempt_of_a_step(tmp_path: Path) -> None:
     reader = JournalReader(stage)
     assert reader.new_lines()
     assert reader.new_lines() == []
+
+
+def test_a_kill_while_finishing_keeps_what_resuming_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = StageStore(Storage(str(tmp_path)), "distill", "k")
+    stage.storage.write(b"state", *stage.parts, "checkpoints", "step-000000008.pt")
+
+    def killed(*_: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage.storage, "remove", killed)
+    with pytest.raises(KeyboardInterrupt):
+        stage.finish({})
+    assert stage.is_done()
+
+
+def test_a_writer_that_lost_its_lease_stops(tmp_path: Path) -> None:
+    stage = StageStore(Storage(str(tmp_path)), "distill", "k")
+    lease = Lease.acquire(stage)
+    assert lease is not None
+    check_lease(stage, lease.token)
+    check_lease(stage, None)
+    stage.storage.write(b'{"token": "another"}', *stage.parts, "LEASE")
+    with pytest.raises(LeaseLost, match="taken over"):
+        check_lease(stage, lease.token)

@@ -11,7 +11,8 @@ from worlds import small_job, spawn, synthetic, timm_tower, vit
 
 from kdscale.core.config import Execution
 from kdscale.core.journal import JournalReader, read_steps
-from kdscale.core.types import ConfigError, PrecisionError
+from kdscale.core.types import ConfigError, PrecisionError, TrainingDiverged
+from kdscale.eval.zeroshot import predict
 from kdscale.stages.distill import DistillTask
 from kdscale.stages.jobs import DistillJob
 from kdscale.stages.loop import World, learning_rate, micro_batches
@@ -152,3 +153,14 @@ def test_fp16_on_a_cpu_is_refused(tmp_path: Path) -> None:
 def test_micro_batches_must_divide(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="divisor"):
         micro_batches(8, 3)
+
+
+def test_a_sigmoid_loss_gives_a_softmax_pair_a_bias(tmp_path: Path) -> None:
+    job = small_job(str(tmp_path), loss={"sigmoid": 1.0}, teacher=None)
+    task = DistillTask(job, World())
+    assert [float(scale) for scale in task.scales][1:] == [-10.0]
+
+
+def test_embeddings_that_are_not_numbers_are_no_prediction() -> None:
+    with pytest.raises(TrainingDiverged, match="not finite"):
+        predict(torch.full((2, 4), float("nan")), torch.eye(4))

@@ -20,7 +20,10 @@ LAYERS = {
     "mini": 1,
     "stages": 2,
     "sweep": 3,
-    "cli": 4,
+    "cli": 5,
+    "cli_bench": 4,
+    "cli_data": 4,
+    "terminal": 1,
 }
 UPWARD = {("sweep/grid.py", "cli")}  # `sweep.main()` makes a sweep file a program
 RAY_FILES = {"sweep/schedule.py", "stages/worker.py", "data/stream.py"}

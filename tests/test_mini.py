@@ -20,10 +20,13 @@ from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from PIL import Image
 
 from kdscale.core import catalog_mini
-from kdscale.core.config import MiniWorld, TowerSpec
+from kdscale.core.config import DataSpec, MiniWorld, TowerSpec
+from kdscale.core.storage import Storage
 from kdscale.core.types import ConfigError
+from kdscale.data.shards import read_good
 from kdscale.mini import vocabulary
 from kdscale.mini.build import encode_sample, write_world
+from kdscale.mini.paint import render
 from kdscale.mini.scenes import (
     CLASSNAMES,
     COLOURS,
@@ -34,8 +37,8 @@ from kdscale.mini.scenes import (
     caption,
     captions,
     draw,
-    render,
 )
+from kdscale.stages.inputs import find_source
 
 TRAIN = MiniWorld(seed=5, num_samples=60, samples_per_shard=25, image_px=64)
 EVAL = TRAIN.replace(split="eval")
@@ -59,7 +62,7 @@ def fingerprint(world: MiniWorld, indices: range) -> str:
 def test_same_scene_in_another_process():
     script = (
         "from kdscale.core.config import MiniWorld\n"
-        "from kdscale.mini.scenes import draw, render\n"
+        "from kdscale.mini.paint import render\nfrom kdscale.mini.scenes import draw\n"
         "w = MiniWorld(seed=5)\n"
         "print([int(render(draw(w, i), 48).sum()) for i in range(8)])\n"
     )
@@ -298,6 +301,19 @@ def test_data_roles_are_different_worlds():
     assert benchmark is not None
     assert benchmark.split == "eval"
     assert benchmark.num_samples >= 2000
+
+
+@pytest.mark.parametrize("world", [TRAIN, EVAL], ids=["train", "eval"])
+def test_a_drawn_world_moves_with_its_storage(tmp_path: Path, world: MiniWorld):
+    spec = DataSpec(name="small", mini=world.replace(num_samples=8, image_px=32))
+    drawn = find_source(spec, Storage(str(tmp_path / "here"))).manifest()
+    (tmp_path / "here").rename(tmp_path / "there")
+    there = Storage(str(tmp_path / "there"))
+    moved = find_source(spec, there).manifest(lambda text: pytest.fail(text))
+    assert moved.hash == drawn.hash
+    entry = moved.shards[0]
+    assert entry.path.startswith(f"{tmp_path}/there/")
+    assert len(list(read_good(entry.path, there.fs, entry))) == 8
 
 
 def test_catalogue_is_light():

@@ -21,17 +21,21 @@ import pytest
 from conftest import jpeg, pair
 from PIL import Image
 
+from kdscale.core.catalog_mini import MINI_STUDENTS
 from kdscale.core.config import DataSpec
 from kdscale.core.types import DataError, EmptyShard, NoShards, ShardChanged, TooManyBadSamples
 from kdscale.data.samples import BadImage, Crop, crop_box, decode, render, resize
 from kdscale.data.shards import (
     Manifest,
     build_manifest,
+    check_labels,
     expand,
     read_good,
     read_labelled,
     read_tar,
 )
+from kdscale.models import preprocess
+from kdscale.models.preprocess import eval_crop
 
 LOCAL = fsspec.filesystem("file")
 
@@ -258,6 +262,40 @@ def test_parquet_shards(tmp_path: Path):
         manifest_of(tmp_path / "c.parquet")
 
 
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ({"json": [{"label": 1}]}, r"column json of .*a\.parquet holds struct<label: int64>"),
+        ({"txt": [["a", "b"]]}, r"column txt of .*a\.parquet holds list<"),
+        ({"jpg": ["aGVsbG8="]}, r"column jpg of .*a\.parquet holds string, not encoded images"),
+    ],
+)
+def test_parquet_columns_of_other_types_are_named(tmp_path: Path, column: Any, message: str):
+    table = pa.table({"jpg": [jpeg(0)], "txt": ["a"]} | column)
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=message):
+        manifest_of(tmp_path / "a.parquet")
+
+
+def test_files_that_are_no_shards_are_named(tmp_path: Path):
+    pq.write_table(pa.table({"jpg": [jpeg(0)], "txt": ["a"]}), tmp_path / "whole.parquet")
+    whole = (tmp_path / "whole.parquet").read_bytes()
+    damaged = whole[:4] + bytes(len(whole) // 2) + whole[4 + len(whole) // 2 :]
+    for number, data in enumerate((whole[:-20], b"", damaged)):
+        (tmp_path / f"{number}.parquet").write_bytes(data)
+        with pytest.raises(DataError, match=rf"{number}\.parquet cannot be read as Parquet"):
+            manifest_of(tmp_path / f"{number}.parquet")
+    (tmp_path / "folder.tar").mkdir()
+    with pytest.raises(DataError, match=r"folder\.tar is a directory"):
+        manifest_of(tmp_path / "*.tar")
+
+
+def test_json_nested_without_end_is_bad_json(tmp_path: Path, write_tar):
+    deep = ("bad.json", b'{"a":' * 200_000 + b"1" + b"}" * 200_000)
+    path = write_tar(tmp_path / "a.tar", [*pair("first", 1), *pair("bad", 2)[:2], deep])
+    assert manifest_of(path).causes() == {"bad_json": 1}
+
+
 def test_labels(tmp_path: Path, write_tar):
     parts = [p for i in range(4) for p in pair(f"k{i}", i) if not p[0].endswith("txt")]
     path = write_tar(
@@ -288,6 +326,35 @@ def test_decode_reads_every_kind():
         assert got.dtype == np.uint8
         reference = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), float)
         assert np.abs(got - reference).mean() < 2, (kind, mode)
+
+
+def test_sixteen_bits_of_grey_are_scaled():
+    ramp = np.linspace(0, 65_535, 48 * 40).astype(np.uint16).reshape(40, 48)
+    out = io.BytesIO()
+    Image.fromarray(ramp).save(out, "PNG")
+    assert np.array_equal(decode(out.getvalue()), np.repeat(ramp[..., None] >> 8, 3, axis=2))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_thread_of_an_image_is_cropped_before_it_is_resized(
+    turned: bool, monkeypatch: pytest.MonkeyPatch
+):
+    spec = MINI_STUDENTS["vit_t16"].replace(image_px=32)
+    thread = np.random.default_rng(0).integers(90, 160, (7, 7 * 201, 3), np.uint8)
+    thread = thread.transpose(1, 0, 2).copy() if turned else thread
+    cropped = eval_crop(thread, spec)
+    monkeypatch.setattr(preprocess, "MAX_ASPECT", 1000)
+    whole = eval_crop(thread, spec)
+    assert cropped.shape == whole.shape == (32, 32, 3)
+    assert np.abs(cropped.astype(int) - whole).max() <= 1
+    monkeypatch.undo()
+    sizes: list[Any] = []
+    resize_of = Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda *a, **k: sizes.append(a[1]) or resize_of(*a, **k)
+    )
+    eval_crop(np.zeros((65_000, 1, 3), np.uint8), spec)
+    assert sizes == [(32, 32)]
 
 
 def test_crops_follow_the_rule():
@@ -326,3 +393,23 @@ def test_one_box_serves_every_size():
     small = resize(views[64], 32).astype(float)
     assert np.abs(small - views[32]).mean() < 4
     assert json.dumps(sorted(views)) == "[32, 64]"
+
+
+def test_labels_must_name_classes(shards: str) -> None:
+    manifest = build_manifest(DataSpec(name="t", urls=shards), labelled=True, num_threads=1)
+    manifest = Manifest.from_json(manifest.to_json())
+    assert manifest.shards[0].labels == (0, 9)
+    check_labels(manifest, 10, "ten")
+    with pytest.raises(DataError, match="labels from 0 to 9, the benchmark 'few' has classes 0"):
+        check_labels(manifest, 9, "few")
+
+
+def test_what_a_cut_shard_lost_counts(tmp_path: Path, write_tar: Any) -> None:
+    for number in range(3):
+        parts = [p for i in range(20) for p in pair(f"{number}{i:03d}", i)]
+        path = write_tar(tmp_path / f"{number}.tar", parts)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    spec = DataSpec(name="t", urls=f"{tmp_path}/*.tar", max_bad_fraction=0.1)
+    with pytest.raises(TooManyBadSamples, match=r"allowed 10\.0%"):
+        build_manifest(spec)

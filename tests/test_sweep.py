@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -9,15 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from kdscale import Distill, Execution, Sweep, choose, product, zipped
-from kdscale.cli import app, load_sweep, parse_data, parse_settings
+from kdscale.cli import _run_command, app, load_sweep, parse_data, parse_settings
+from kdscale.core.config import DataSpec
 from kdscale.core.scale import MINI, PAPER
 from kdscale.core.storage import Storage
 from kdscale.core.types import ConfigError, ImpossibleResources, UnknownField
 from kdscale.sweep.plan import Plan, Stage, make_plan
-from kdscale.sweep.tracking import flatten
+from kdscale.sweep.progress import print_plan
+from kdscale.sweep.run import _print_place
+from kdscale.sweep.tracking import flatten, viewing
 
 SWEEPS = Path(__file__).parent.parent / "sweeps"
 
@@ -90,6 +95,80 @@ def test_a_loss_that_needs_a_teacher_is_refused_without_one(tmp_path: Path) -> N
         plan_of(Sweep(name="x", stages=[recipe]), tmp_path)
 
 
+def test_what_a_sweep_varies_cannot_be_overridden(tmp_path: Path) -> None:
+    quickstart = load_sweep(SWEEPS / "quickstart.py")
+    for change in ({"loss": "clip"}, {"teacher": "clip_l14"}):
+        with pytest.raises(ConfigError, match="sweep 'quickstart' varies it"):
+            plan_of(quickstart, tmp_path, **change)
+    recipe = Distill(student="vit_t16", teacher="clip_b16", loss="kl")
+    with pytest.raises(ConfigError, match="'seed' cannot be set"):
+        plan_of(Sweep(name="seeds", stages=[recipe], seeds=(0, 1)), tmp_path, seed=2)
+    alone = Sweep(name="one", stages=[recipe], baseline={"loss": "kl"})
+    with pytest.raises(ConfigError, match="tells its baseline by it"):
+        plan_of(alone, tmp_path, loss="clip")
+
+
+def test_names_of_trials_tell_of_overrides(tmp_path: Path) -> None:
+    recipe = Distill(student="vit_t16", teacher="clip_b16", loss=choose("kl", "icl"))
+    plan = plan_of(Sweep(name="x", stages=[recipe]), tmp_path, teacher="clip_l14", lr=1e-3)
+    assert [planned.trial.name for planned in plan.trials] == [
+        "vit_t16 from clip_l14 kl",
+        "vit_t16 from clip_l14 icl",
+    ]
+    assert {planned.trial.chosen["teacher"] for planned in plan.trials} == {"clip_l14"}
+    assert plan.stages[plan.trials[0].key].training.lr == 1e-3
+
+
+def keys_with(workers: int, root: Path, **fields: Any) -> list[str]:
+    run = MINI.run.replace(num_workers=workers)
+    recipe = Distill(student="vit_t16", loss="clip", run=run, **fields)
+    return list(plan_of(Sweep(name="x", stages=[recipe]), root).stages)
+
+
+def test_the_world_size_is_in_the_key_where_it_changes_numbers(tmp_path: Path) -> None:
+    assert keys_with(1, tmp_path) == keys_with(2, tmp_path)
+    assert keys_with(1, tmp_path, mode="paper") != keys_with(2, tmp_path, mode="paper")
+    flags = {"detached_gather": True}
+    assert keys_with(1, tmp_path, flags=flags) != keys_with(2, tmp_path, flags=flags)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"student": "vit_t16", "drop_path": 0.1}, "no drop path"),
+        ({"student": "swin_t", "loss": {"task": 1.0, "mfd": 1.0}}, "open_clip's ViT"),
+        ({"precision": "fp16"}, "fp16 on a CPU"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"crop_scale": (0.9, 0.5)}, "crop_scale"),
+        ({"run": Execution(num_workers=3)}, "shared equally by 3 workers"),
+        ({"run": Execution(micro_batch_size=48)}, "does not divide the 128 rows"),
+        ({"student": "mobilevit_s", "bn_group": 128, "run": Execution(num_workers=2)}, "bn_group"),
+        ({"flags": {"unsynced_heads": True}}, "drop_heads_on_resume"),
+    ],
+)
+def test_recipes_that_cannot_run_are_not_planned(
+    fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    recipe = Distill(**({"student": "vit_t16", "teacher": "clip_b16"} | fields))
+    with pytest.raises(ConfigError, match=message):
+        plan_of(Sweep(name="x", stages=[recipe]), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"student": "swin_t", "drop_path": 0.1},
+        {"student": "vit_t16", "loss": {"task": 1.0, "mfd": 1.0}},
+        {"student": "swin_t", "loss": {"task": 1.0, "mfd": 1.0}, "flags": {"mfd_noop": True}},
+        {"student": "swin_t", "bn_group": 128, "run": Execution(num_workers=2)},
+        {"student": "mobilevit_s", "run": Execution(num_workers=8)},
+    ],
+)
+def test_recipes_that_can_run_are_planned(fields: dict[str, Any], tmp_path: Path) -> None:
+    recipe = Distill(teacher="clip_b16", **fields)
+    assert plan_of(Sweep(name="x", stages=[recipe]), tmp_path).trials
+
+
 def test_paper_work_is_that_of_its_towers(tmp_path: Path) -> None:
     data = MINI.data["cc12m"]
     recipe = Distill(student="vit_t16", teacher="clip_b16", data=data, zero_shot=None, epochs=1)
@@ -103,20 +182,37 @@ def test_settings_and_data_are_parsed() -> None:
     fields = parse_settings(["distill.lr=1e-3", "run.num_workers=2", "loss=kl"], MINI)
     assert fields["lr"] == 1e-3
     assert fields["loss"] == "kl"
-    assert fields["run"].num_workers == 2
-    assert fields["run"].checkpoint_every == MINI.run.checkpoint_every
+    assert fields["run"] == {"num_workers": 2}
     assert parse_data(["a={0..1}.tar", "*.tar"]) == {"a": "{0..1}.tar", "": "*.tar"}
+    dated = "s3://b/date=2024/*.tar"
+    assert parse_data([dated, f"a={dated}"]) == {"": dated, "a": dated}
     with pytest.raises(ConfigError, match="FIELD=VALUE"):
         parse_settings(["lr"], MINI)
     with pytest.raises(UnknownField):
         parse_settings(["run.workers=2"], MINI)
 
 
+def test_a_setting_of_run_changes_that_field_alone(tmp_path: Path) -> None:
+    own = Distill(student="vit_t16", loss="clip", run=Execution(checkpoint_every=7, log_every=3))
+    plain = Distill(student="vit_t16", loss="clip", epochs=64)
+    fields = parse_settings(["run.log_every=5"], MINI)
+    plan = plan_of(Sweep(name="x", stages=[own, plain]), tmp_path, **fields)
+    runs = [stage.recipe.run for stage in plan.stages.values()]
+    assert runs == [own.run.replace(log_every=5), MINI.run.replace(log_every=5)]  # pyright: ignore
+
+
 def stage_needing(**run: Any) -> Stage:
     recipe = Distill(student="vit_t16", loss="clip", run=Execution(**run))
     fields: dict[str, Any] = dict.fromkeys(("total_steps", "flops", "bytes_out"))
     return Stage(
-        kind="distill", key="k", name="n", recipe=recipe, inputs=(), reused=False, **fields
+        kind="distill",
+        key="k",
+        name="n",
+        recipe=recipe,
+        inputs=(),
+        reused=False,
+        num_samples=8,
+        **fields,
     )
 
 
@@ -129,6 +225,23 @@ def test_impossible_resources_are_named_before_anything_starts() -> None:
         concurrent_trials([stage_needing(num_workers=9)], {"CPU": 4})
     fits = stage_needing(num_workers=2, cpus_per_worker=1, data_cpus=2)
     assert concurrent_trials([fits], {"CPU": 13}) == 3
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ({"cpus_per_data_task": 8}, "data task .* needs 8 CPU, all of them together may use 1.5"),
+        ({"cpus_per_data_task": 8, "data_cpus": 16}, "data task .* CPU, the largest node has 4"),
+        ({"cpus_per_worker": 6}, "worker .* needs 6 CPU, the largest node has 4"),
+        ({"gpus_per_worker": 2}, "worker .* needs 2 GPU, the largest node has 1"),
+    ],
+)
+def test_tasks_that_fit_on_no_node_are_refused(run: dict[str, Any], message: str) -> None:
+    from kdscale.sweep.schedule import concurrent_trials
+
+    nodes = [{"CPU": 4.0}, {"CPU": 2.0, "GPU": 1.0}]
+    with pytest.raises(ImpossibleResources, match=message):
+        concurrent_trials([stage_needing(**run)], {"CPU": 64, "GPU": 8}, nodes)
 
 
 @pytest.mark.parametrize(
@@ -152,10 +265,94 @@ def test_bad_input_is_a_clear_line_and_exit_2(
     assert "Traceback" not in result.output
 
 
+@pytest.mark.parametrize(
+    ("root", "message"), [("/proc/nope", "/proc/nope"), ("nosuch://x", "nosuch")]
+)
+def test_a_storage_that_cannot_be_is_a_clear_line(root: str, message: str) -> None:
+    line = ["run", str(SWEEPS / "quickstart.py"), "--storage", root]
+    result = CliRunner().invoke(app, line)
+    assert result.exit_code == 2
+    assert "StorageError" in result.output
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_a_plan_without_data_is_estimated(tmp_path: Path) -> None:
+    recipe = Distill(student="vit_t16", teacher="clip_b16", zero_shot=None, epochs=2)
+    plan = plan_of(Sweep(name="x", stages=[recipe]), tmp_path, PAPER)
+    (stage,) = plan.stages.values()
+    assert stage.total_steps == 2 * (10_968_539 // 4096)
+    document = plan.document()
+    assert document["stages"][0]["estimated"] is document["cost"]["estimated"] is True
+    assert document["teacher_cache"]["estimated"] is True
+    assert document["cost"]["flops"] == stage.flops > 0
+    said = printed(plan)
+    assert "about 5354 steps" in said
+    assert said.count("(estimated: data not at hand)") == 2
+
+
+def test_a_plan_of_data_that_nothing_is_known_of_says_so(tmp_path: Path) -> None:
+    data = DataSpec(name="mine", urls="/nowhere/*.tar")
+    recipe = Distill(student="vit_t16", teacher="clip_b16", data=data, zero_shot=None)
+    plan = plan_of(Sweep(name="x", stages=[recipe]), tmp_path, PAPER)
+    cost = plan.document()["cost"]
+    assert (cost["flops"], cost["gpu_hours"], cost["estimated"]) == (None, None, False)
+    assert "unknown steps" in printed(plan)
+    assert "1 of 1 stages, work unknown, " in printed(plan)
+
+
+def test_a_plan_with_data_is_not_estimated(tmp_path: Path) -> None:
+    plan = plan_of(load_sweep(SWEEPS / "quickstart.py"), tmp_path)
+    assert plan.document()["cost"]["estimated"] is False
+    assert "estimated" not in printed(plan)
+
+
+def printed(plan: Plan) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    print_plan(plan, console)
+    return console.file.getvalue()  # pyright: ignore
+
+
 def test_plan_prints_json(tmp_path: Path) -> None:
     line = ["plan", str(SWEEPS / "quickstart.py"), "--storage", str(tmp_path), "--json"]
     document = json.loads(CliRunner().invoke(app, line).stdout)
-    assert set(document) == {"trials", "stages", "cost"}
+    assert set(document) == {"trials", "stages", "cost", "teacher_cache"}
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("https://me:p@ss@host:1/x", "https://***@host:1/x"),
+        ("http://host", "http://host"),
+        ("postgresql://me:pass@host/db", "ui --backend-store-uri 'postgresql://***@host/db'"),
+        ("sqlite:////a b/mlflow.db", "ui --backend-store-uri 'sqlite:////a b/mlflow.db'"),
+    ],
+)
+def test_tracking_is_shown_without_passwords(uri: str, shown: str) -> None:
+    assert viewing(uri).endswith(shown)
+
+
+def test_mlflow_is_found_beside_the_interpreter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path / "elsewhere"))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    assert viewing("sqlite:///x").startswith("mlflow ui")
+    (tmp_path / "mlflow").touch()
+    assert viewing("sqlite:///x").startswith(f"{tmp_path}/mlflow ui")
+
+
+def test_the_command_of_a_report_holds_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = ["kdscale", "report", "a.py", "--tracking-uri", "https://me:pass@host"]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert _run_command() == "kdscale run a.py --tracking-uri 'https://***@host'"
+
+
+def test_places_are_printed_as_they_are() -> None:
+    console = Console(file=io.StringIO(), width=40)
+    place = f"/[red]/{'long' * 20}/report.html"
+    _print_place(console, "report", place)
+    assert console.file.getvalue() == f"report {place}\n"  # pyright: ignore
 
 
 def test_params_are_flat_and_short() -> None:

@@ -25,6 +25,9 @@ from kdscale.core.types import ConfigError, UnknownField
 NOT_IN_KEY: JsonDict = {"in_key": False}
 Precision = Literal["fp32", "bf16", "fp16"]
 Mode = Literal["paper", "corrected"]
+STAGE_WEIGHTS = "stage:"  # in front of <kind>/<key> of the stage that trained the tower
+EMBED_STAGE = "embed:"  # in front of the key of the stage that wrote the cache
+_EMBED = f"{EMBED_STAGE}[0-9a-f]{{16}}"
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -151,10 +154,12 @@ class DataSpec(Spec):
     """Image-text pairs in WebDataset tars or Parquet, or a miniature world to be drawn.
 
     Attributes:
-        urls: Glob or brace pattern of the shards, local or on an object store. The path itself
-            does not enter the content key: the manifest's hash does.
+        urls: Glob or brace pattern of the shards, local or on an object store; or a manifest
+            (`.json`) that `kdscale data` wrote. The path itself does not enter the content key:
+            the manifest's hash does.
         mini: The world to draw instead.
         max_bad_fraction: Share of unusable samples above which nothing starts.
+        num_samples: How many there are said to be, for plans made before the data are at hand.
     """
 
     name: Annotated[str, Field(json_schema_extra=NOT_IN_KEY)]
@@ -236,6 +241,31 @@ class Recipe(Spec):
         return {name: value for name, value in fields.items() if isinstance(value, Choice)}
 
 
+class Embed(Recipe):
+    """Run a frozen teacher once over a data set and keep its embeddings beside the shards.
+
+    Attributes:
+        views: Crops per sample; 0 means the evaluation crop alone, whose patch features CKA
+            compares.
+        captions: Captions per sample, 0 for none.
+        crop_seed: Seed of the crops, shared by every training seed that reads the cache.
+        max_samples: Embed whole shards until so many samples are covered; None for all.
+    """
+
+    kind: ClassVar[str] = "embed"
+    version: ClassVar[int] = 2
+
+    teacher: TowerSpec
+    data: DataSpec
+    views: int = Field(default=1, ge=0)
+    captions: int = Field(default=1, ge=0)
+    crop_scale: tuple[float, float] = (0.9, 1.0)
+    crop_seed: int = 0
+    precision: Precision = "fp32"
+    max_samples: int | None = Field(default=None, gt=0)
+    run: Annotated[Execution | None, Field(json_schema_extra=NOT_IN_KEY)] = None
+
+
 class Distill(Recipe):
     """Train a student CLIP on image-text pairs, with a frozen teacher or without one.
 
@@ -249,14 +279,21 @@ class Distill(Recipe):
         mode: `paper` repeats the released code's behaviour, `corrected` its formulae.
         flags: Single quirks that differ from the mode (`kdscale.losses.recipes.LossFlags`).
         max_steps: Stop after this many optimizer steps; the schedule ends there too.
-        bn_group: Samples of the global batch that share BatchNorm statistics.
+        bn_group: Samples of the global batch that share BatchNorm statistics; None takes
+            `default_bn_group` of the scale's batch: 256 of the paper's 4096.
         views: Distinct crops per sample; None draws a new one each epoch.
+        captions: Captions per sample that the epochs take in turn: the sample's own, then those
+            that its metadata lists under `captions`.
+        teacher_outputs: `online` runs the teacher at every step; `cached` reads what an embed
+            stage has stored, which needs `views`. A plan turns `cached` into `embed:<key>`.
+        eval_outputs: `embed:<key>` of the teacher's features of the benchmark's images; a plan
+            fills it in.
         precision: None takes the scale's.
         zero_shot: Benchmark read at every checkpoint, None for none.
     """
 
     kind: ClassVar[str] = "distill"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     student: str | TowerSpec
     teacher: str | TowerSpec | None = None
@@ -273,11 +310,14 @@ class Distill(Recipe):
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = Field(default=1e-6, gt=0)
     grad_clip: float | None = Field(default=None, gt=0)
-    bn_group: int = Field(default=256, gt=1)
+    bn_group: int | None = Field(default=None, gt=1)
     drop_path: float = Field(default=0.0, ge=0, lt=1)
     crop_scale: tuple[float, float] = (0.9, 1.0)
     crop_seed: int = 0
     views: int | None = Field(default=None, gt=0)
+    captions: int = Field(default=1, gt=0)
+    teacher_outputs: str = Field(default="online", pattern=f"^(online|cached|{_EMBED})$")
+    eval_outputs: str | None = Field(default=None, pattern=f"^{_EMBED}$")
     seed: int = 0
     precision: Precision | None = None
     zero_shot: str | ZeroShotSpec | None = "imagenet"

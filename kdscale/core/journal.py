@@ -32,8 +32,8 @@ class JournalWriter:
         self._lines: list[Line] = []
 
     def append(self, line: Line) -> None:
-        """Adds a line, which must hold `step`."""
-        self._lines.append(line)
+        """Adds a line, which must hold `step`, and says when that was."""
+        self._lines.append({**line, "time": round(time.time(), 3)})
         if len(self._lines) >= self._flush_every:
             self.flush()
 

@@ -16,7 +16,13 @@ from kdscale.core.types import ConfigError
 KEY_LENGTH = 16
 
 
-def content_key(kind: str, version: int, recipe: Spec, manifests: Mapping[str, str]) -> str:
+def content_key(
+    kind: str,
+    version: int,
+    recipe: Spec,
+    manifests: Mapping[str, str],
+    more: Mapping[str, Any] | None = None,
+) -> str:
     """Returns the content key of a stage.
 
     Keys of input stages are part of the recipe already: a tower that another stage trains
@@ -27,6 +33,7 @@ def content_key(kind: str, version: int, recipe: Spec, manifests: Mapping[str, s
         version: The kind's code version; raised whenever its numbers change.
         recipe: A resolved recipe: no choice left, every role replaced by a spec.
         manifests: {urls: manifest hash} of the data that were found.
+        more: What else decides this stage's numbers; where nothing does, keys are without it.
 
     Returns:
         16 hexadecimal digits.
@@ -34,7 +41,12 @@ def content_key(kind: str, version: int, recipe: Spec, manifests: Mapping[str, s
     Raises:
         ConfigError: If a field holds something without a stable description.
     """
-    document = {"kind": kind, "version": version, "recipe": describe(recipe, manifests)}
+    document: dict[str, Any] = {
+        "kind": kind,
+        "version": version,
+        "recipe": describe(recipe, manifests),
+        **({"more": describe(more, manifests)} if more else {}),
+    }
     text = json.dumps(document, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=KEY_LENGTH // 2).hexdigest()
 

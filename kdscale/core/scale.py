@@ -112,7 +112,11 @@ def resolve(recipe: Distill, scale: Scale, overrides: Mapping[str, Any] | None =
     Args:
         recipe: A recipe without open choices.
         scale: What the roles mean.
-        overrides: Fields set last, after shrinking (`--set`).
+        overrides: Fields set last, after shrinking (`--set`); a mapping under `run` changes
+            single fields of the execution that the recipe or else the scale has.
+
+    Returns:
+        The recipe; `bn_group` is a number, at most the batch.
 
     Raises:
         UnknownName: If a role is not in the scale.
@@ -129,10 +133,26 @@ def resolve(recipe: Distill, scale: Scale, overrides: Mapping[str, Any] | None =
         "warmup_steps": math.ceil(recipe.warmup_steps / sizes.warmup_divisor),
         "lr": recipe.lr * sizes.lr_factor,
         "run": recipe.run or scale.run,
-    }
-    resolved = recipe.replace(**(changes | dict(overrides or {})))
-    group = min(resolved.bn_group, resolved.global_batch_size)
-    return resolved.replace(bn_group=group) if group > 1 else resolved
+    } | dict(overrides or {})
+    if isinstance(changes["run"], Mapping):
+        changes["run"] = (recipe.run or scale.run).replace(**changes["run"])
+    resolved = recipe.replace(**changes)
+    batch = resolved.global_batch_size
+    group = resolved.bn_group or default_bn_group(batch)
+    return resolved.replace(bn_group=max(2, min(group, batch)))
+
+
+def default_bn_group(global_batch_size: int) -> int:
+    """Returns how many samples share BatchNorm statistics where a recipe does not say.
+
+    The group divides the share of each of 1, 2, 4 or 8 workers, as far as they divide the batch,
+    so that their number stays free: the largest power of two, at most 256, that divides an eighth
+    of the batch (or a quarter or half where there is no eighth), and at least 2.
+    """
+    group = math.gcd(256, global_batch_size // math.gcd(global_batch_size, 8))
+    if group > 1:
+        return group
+    return 2 if global_batch_size % 2 == 0 else max(2, global_batch_size)
 
 
 def teacher_of(recipe: Distill, scale: Scale) -> TowerSpec | Distill | None:
@@ -150,7 +170,13 @@ def with_path(spec: DataSpec, scale: Scale) -> DataSpec:
     if spec.mini is not None:
         return spec
     paths = scale.data_paths
-    return spec.replace(urls=paths.get(spec.name, spec.urls or paths.get("")))
+    own = (paths[name] for name in data_names(spec, scale) if name in paths)
+    return spec.replace(urls=next(own, spec.urls or paths.get("")))
+
+
+def data_names(spec: DataSpec, scale: Scale) -> list[str]:
+    """Returns what a data set may be called where its path is given: its name, or its role."""
+    return [spec.name, *(role for role, known in scale.data.items() if known.name == spec.name)]
 
 
 def _benchmark(recipe: Distill, scale: Scale) -> ZeroShotSpec | None:

@@ -34,12 +34,19 @@ class Storage:
     """A root directory on a local disk or an object store.
 
     Args:
-        root: A path or fsspec URL (`/data/runs`, `s3://bucket/runs`).
+        root: A path or fsspec URL (`/data/runs`, `~/runs`, `s3://bucket/runs`).
+
+    Raises:
+        StorageError: No filesystem of that kind is known or installed.
     """
 
     def __init__(self, root: str) -> None:
-        self.root = os.path.abspath(root) if "://" not in root else root.rstrip("/")
-        self.fs, self._base = fsspec.core.url_to_fs(self.root)
+        is_url = "://" in root
+        self.root = root.rstrip("/") if is_url else os.path.abspath(os.path.expanduser(root))
+        try:
+            self.fs, self._base = fsspec.core.url_to_fs(self.root)
+        except (ImportError, ValueError) as error:
+            raise StorageError(f"cannot use {root} as storage: {error}") from error
         self.is_local = isinstance(self.fs, LocalFileSystem)
 
     def __reduce__(self) -> tuple[type[Storage], tuple[str]]:
@@ -65,6 +72,8 @@ class Storage:
             found = self.fs.ls(self.path(*parts), detail=False)
         except FileNotFoundError:
             return []
+        except OSError as error:
+            raise StorageError(f"cannot list {self.url(*parts)}: {error}") from error
         return sorted(str(name).rstrip("/").rsplit("/", 1)[-1] for name in found)
 
     def read(self, *parts: str) -> bytes:
@@ -73,6 +82,8 @@ class Storage:
             return self.fs.cat_file(self.path(*parts))
         except FileNotFoundError as error:
             raise StorageError(f"{self.url(*parts)} does not exist") from error
+        except OSError as error:
+            raise StorageError(f"cannot read {self.url(*parts)}: {error}") from error
 
     def write(self, data: bytes, *parts: str) -> None:
         """Writes a whole file so that a reader sees all of it or nothing."""
@@ -83,7 +94,7 @@ class Storage:
             else:
                 self.fs.pipe_file(target, data)
         except OSError as error:
-            raise StorageError(f"cannot write {self.url(*parts)}: {error}") from error
+            raise _unwritable(self.url(*parts), error) from error
 
     def read_json(self, *parts: str) -> Any:
         """Reads a JSON document."""
@@ -115,10 +126,15 @@ class Storage:
             self.fs.rm(self.path(*parts), recursive=True)
 
     def create(self, data: bytes, *parts: str) -> bool:
-        """Creates a file if absent and returns whether it did."""
+        """Creates a file if absent and returns whether it did.
+
+        Not every object store can do this in one step: see `Lease.acquire`.
+        """
         target = self.path(*parts)
-        self.fs.makedirs(self.fs._parent(target), exist_ok=True)
+        if not self.is_local and self.exists(*parts):
+            return False
         try:
+            self.fs.makedirs(self.fs._parent(target), exist_ok=True)
             with self.fs.open(target, "xb") as file:
                 file.write(data)
         except FileExistsError:
@@ -127,7 +143,14 @@ class Storage:
             if self.exists(*parts):
                 return False
             self.write(data, *parts)
+        except OSError as error:
+            raise _unwritable(self.url(*parts), error) from error
         return True
+
+
+def _unwritable(url: str, error: OSError) -> StorageError:
+    """Words the error for a place that cannot be written to."""
+    return StorageError(f"cannot write {url}: {error}; free it, or choose another --storage")
 
 
 def _write_local(target: Path, data: bytes) -> None:
@@ -166,15 +189,49 @@ class StageStore:
         """Reads `stage.json`."""
         return self.storage.read_json(*self.parts, "stage.json")
 
+    def fail(self, message: str, *, final: bool) -> None:
+        """Notes why an attempt has ended.
+
+        Args:
+            message: For people.
+            final: Whether another attempt would end in the same way.
+        """
+        note = {"message": message, "final": final, "time": time.time()}
+        self.storage.write_json(note, *self.parts, "FAILED")
+
+    def failure(self) -> dict[str, Any] | None:
+        """Returns what `fail` has noted of the last attempt, None where it has not failed."""
+        if self.is_done() or not self.storage.exists(*self.parts, "FAILED"):
+            return None
+        return self.storage.read_json(*self.parts, "FAILED")
+
+    def forget_failure(self) -> None:
+        """Takes the note away, as a new attempt begins."""
+        self.storage.remove(*self.parts, "FAILED")
+
     def finish(self, record: dict[str, Any]) -> None:
-        """Writes `stage.json`, drops the checkpoints, and marks the stage done, in this order."""
+        """Writes `stage.json`, marks the stage done, and drops the checkpoints, in this order."""
         self.storage.write_json(record, *self.parts, "stage.json")
-        self.storage.remove(*self.parts, "checkpoints")
         self.storage.write(b"", *self.parts, "DONE")
+        self.storage.remove(*self.parts, "checkpoints")
 
     def url(self, *parts: str) -> str:
         """Returns the URL of something in the stage's directory."""
         return self.storage.url(*self.parts, *parts)
+
+
+def check_lease(stage: StageStore, token: str | None) -> None:
+    """Checks that a stage is still this writer's; called before anything final is written.
+
+    Args:
+        stage: The stage.
+        token: Its lease's token, None where there is no other writer.
+
+    Raises:
+        LeaseLost: Somebody else has taken it over.
+    """
+    if token is not None and _holder(stage.storage, (*stage.parts, "LEASE")).get("token") != token:
+        raise LeaseLost(f"{stage.url()} was taken over by another writer; stopping here")
 
 
 class Lease:
@@ -184,7 +241,7 @@ class Lease:
     """
 
     def __init__(self, stage: StageStore, token: str) -> None:
-        self._stage, self._token = stage, token
+        self._stage, self.token = stage, token
         self._parts = (*stage.parts, "LEASE")
         self._stop = threading.Event()
         self._lost = False
@@ -201,19 +258,30 @@ class Lease:
         token = uuid.uuid4().hex
         parts = (*stage.parts, "LEASE")
         if stage.storage.create(_beat(token), *parts):
-            return cls(stage, token)
-        if not _is_dead(stage.storage, parts):
+            if stage.storage.is_local:
+                return cls(stage, token)
+        elif not _is_dead(stage.storage, parts):
             return None
-        stage.storage.write(_beat(token), *parts)
-        time.sleep(0.5)  # two that take over at once: the last writer keeps it
+        else:
+            stage.storage.write(_beat(token), *parts)
+        time.sleep(0.5)  # of two that create or take over at once, the last writer keeps it
         if _holder(stage.storage, parts).get("token") != token:
             return None
         return cls(stage, token)
 
-    def check(self) -> None:
-        """Raises LeaseLost if somebody else has taken the stage over."""
-        if self._lost:
-            raise LeaseLost(f"{self._stage.url()} was taken over by another writer; stopping here")
+    @staticmethod
+    def seems_held(stage: StageStore) -> bool:
+        """Tells at a glance whether a living writer holds the stage; for display only.
+
+        On this host its process is looked for; elsewhere the age of its last heartbeat counts,
+        which is wrong where the hosts' clocks differ by more than `LEASE_TIMEOUT_S`.
+        """
+        holder = _holder(stage.storage, (*stage.parts, "LEASE"))
+        if not holder:
+            return False
+        if holder.get("host") == socket.gethostname():
+            return _process_start(holder["pid"]) == holder["started"]
+        return time.time_ns() - holder.get("beat", 0) < LEASE_TIMEOUT_S * 1e9
 
     def __enter__(self) -> Lease:
         self._thread.start()
@@ -229,10 +297,10 @@ class Lease:
         """Beats until released; a storage fault is retried at the next beat."""
         while not self._stop.wait(HEARTBEAT_S):
             try:
-                if _holder(self._stage.storage, self._parts).get("token") != self._token:
+                if _holder(self._stage.storage, self._parts).get("token") != self.token:
                     self._lost = True
                     return
-                self._stage.storage.write(_beat(self._token), *self._parts)
+                self._stage.storage.write(_beat(self.token), *self._parts)
             except (OSError, StorageError):
                 continue
 
@@ -251,11 +319,19 @@ def _beat(token: str) -> bytes:
 
 
 def _holder(storage: Storage, parts: tuple[str, ...]) -> dict[str, Any]:
-    """Reads the lease; an unreadable one has no holder."""
+    """Reads the lease; an absent or garbled one has no holder.
+
+    Raises:
+        StorageError: The storage cannot be read, so that nothing is known of the holder.
+    """
     try:
         return json.loads(storage.read(*parts))
-    except (StorageError, ValueError):
-        return {}
+    except StorageError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+    except ValueError:
+        pass
+    return {}
 
 
 def _is_dead(storage: Storage, parts: tuple[str, ...]) -> bool:

@@ -50,6 +50,26 @@ class ShardChanged(DataError):
     """A shard no longer holds what its manifest says."""
 
 
+class CacheMissing(DataError):
+    """A teacher embedding that should be beside its shard and is not."""
+
+
+class CacheMismatch(DataError):
+    """A teacher cache made for another teacher, crop or shard."""
+
+
+class CacheCorrupt(DataError):
+    """A file of the teacher cache that is damaged."""
+
+
+class BadManifest(DataError):
+    """A file that is no manifest, was edited, or does not vouch for what is asked of it."""
+
+
+class FolderTaken(DataError):
+    """An output folder that holds something else than what is to be written."""
+
+
 class WeightsError(KdscaleError):
     """Model weights that are absent or do not fit the architecture."""
 
@@ -74,12 +94,34 @@ class StageFailed(KdscaleError):
     """A stage of a trial ended with an error."""
 
 
+class StageRefused(StageFailed):
+    """A stage that another attempt would end in the same way."""
+
+
 class ImpossibleResources(KdscaleError):
     """A placement that this cluster can never satisfy."""
 
 
-class TrackingError(KdscaleError):
-    """The tracking server refused something that waiting will not repair."""
+# Errors that lie in what was asked for: trying again meets them again.
+FINAL_ERRORS = (ConfigError, DataError, WeightsError, TrainingDiverged)
+
+
+def final_cause(error: BaseException) -> BaseException | None:
+    """Returns the innermost of `FINAL_ERRORS` that an error stands for, None where there is none.
+
+    Looks through what Ray wraps around errors of tasks, workers and controllers.
+    """
+    failures: dict[int, object] = getattr(error, "worker_failures", {})
+    inner = [error.__cause__, *(getattr(error, name, None) for name in _WRAPPED)]
+    for cause in [*inner, *failures.values()]:
+        if isinstance(cause, BaseException) and cause is not error:
+            found = final_cause(cause)
+            if found is not None:
+                return found
+    return error if isinstance(error, FINAL_ERRORS) else None
+
+
+_WRAPPED = ("cause", "controller_failure")
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> UnknownName:

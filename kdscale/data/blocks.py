@@ -18,51 +18,116 @@ import pyarrow as pa
 
 from kdscale.core.types import DataError, ShardChanged
 from kdscale.data.order import Segment
-from kdscale.data.samples import BadImage, Crop, render, view_of
+from kdscale.data.samples import BadImage, Crop, caption_of, render, view_of
 from kdscale.data.shards import ShardEntry, changed, read_good
+from kdscale.data.sidecars import TEXT, CacheRef, check_keys, read_sidecar, view_name
 
 Tokenizer = Callable[[list[str]], Any]
+Found = list[tuple[str, str, bytes] | None]
 
+EMBEDDINGS = ("teacher_image", "teacher_text")
 _READ_ROWS = 1024
 
 
-def read_segment(segment: Segment, entries: tuple[ShardEntry, ...]) -> Iterator[pa.Table]:
+@dataclass(frozen=True)
+class Reading:
+    """What is read of a sample.
+
+    Attributes:
+        views: Distinct crops per sample, None for a new one each epoch.
+        captions: Captions that the epochs take in turn.
+        cache: Teacher embeddings to read beside the shards.
+    """
+
+    views: int | None = None
+    captions: int = 1
+    cache: CacheRef | None = None
+
+
+def read_segment(
+    segment: Segment, entries: tuple[ShardEntry, ...], reading: Reading = Reading()
+) -> Iterator[pa.Table]:
     """Reads the compressed samples of a segment, in order.
 
     The whole segment is held in memory before the first row leaves: its rows lie anywhere in
     its shards, and a shard is trusted only once it has been read to the end.
 
     Yields:
-        Tables with columns row, epoch, shard, key, caption, jpg.
+        Tables with columns row, epoch, shard, key, caption, jpg and, with a cache,
+        teacher_image and teacher_text.
     """
     slots, places = segment.positions()
-    found: list[tuple[str, str, bytes] | None] = [None] * segment.num_rows
+    found: Found = [None] * segment.num_rows
+    cached: dict[str, np.ndarray[Any, Any]] = {}
     for slot, entry in enumerate(entries):
         rows = np.flatnonzero(slots == slot)
         if not len(rows):
             continue
-        target = np.full(entry.num_samples, -1, np.int64)
-        target[places[rows]] = rows
-        fs, path = fsspec.core.url_to_fs(entry.path)
-        # Not strict: the reader itself complains of too many or too few, by name.
-        for row, sample in zip(_endless(target.tolist()), read_good(path, fs, entry), strict=False):
-            if row >= 0:
-                found[row] = (sample.key, sample.caption, sample.jpg or b"")
+        used = entry.used_places()
+        own = places[rows] if used is None else used[places[rows]]
+        keys = _read_shard(segment, entry, rows, own, reading, found)
+        for name, values in _read_cache(segment, entry, keys, reading).items():
+            whole = cached.setdefault(name, np.empty((len(slots), values.shape[1]), np.float16))
+            whole[rows] = values[own]
     shard_of = np.asarray(segment.shards, np.int32)[slots]
     for start in range(0, segment.num_rows, _READ_ROWS):
         stop = min(start + _READ_ROWS, segment.num_rows)
         keys, captions, images = zip(*(row for row in found[start:stop] if row), strict=True)
         found[start:stop] = [None] * (stop - start)
-        yield pa.table(
-            {
-                "row": np.arange(start, stop, dtype=np.int64) + segment.first_row,
-                "epoch": np.full(stop - start, segment.epoch, np.int64),
-                "shard": shard_of[start:stop],
-                "key": pa.array(keys, pa.string()),
-                "caption": pa.array(captions, pa.string()),
-                "jpg": pa.array(images, pa.large_binary()),
-            }
-        )
+        columns = {
+            "row": np.arange(start, stop, dtype=np.int64) + segment.first_row,
+            "epoch": np.full(stop - start, segment.epoch, np.int64),
+            "shard": shard_of[start:stop],
+            "key": pa.array(keys, pa.string()),
+            "caption": pa.array(captions, pa.string()),
+            "jpg": pa.array(images, pa.large_binary()),
+        }
+        yield pa.table(columns | {k: _lists(v[start:stop]) for k, v in cached.items()})
+
+
+def _read_shard(
+    segment: Segment,
+    entry: ShardEntry,
+    rows: np.ndarray[Any, Any],
+    places: np.ndarray[Any, Any],
+    reading: Reading,
+    found: Found,
+) -> list[str]:
+    """Puts a shard's samples where the segment wants them and returns all its keys."""
+    target = np.full(entry.num_samples, -1, np.int64)
+    target[places] = rows
+    chosen = caption_of(segment.epoch, reading.captions)
+    keys: list[str] = []
+    fs, path = fsspec.core.url_to_fs(entry.path)
+    # Not strict: the reader itself complains of too many or too few, by name.
+    for row, sample in zip(_endless(target.tolist()), read_good(path, fs, entry), strict=False):
+        keys.append(sample.key)
+        if row >= 0:
+            caption = sample.captions(reading.captions)[chosen]
+            found[row] = (sample.key, caption, sample.jpg or b"")
+    return keys
+
+
+def _read_cache(
+    segment: Segment, entry: ShardEntry, keys: list[str], reading: Reading
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Reads a shard's teacher embeddings: {column: (S, D) float16}; empty without a cache."""
+    cache = reading.cache
+    if cache is None:
+        return {}
+    view = view_name(view_of(segment.epoch, reading.views))
+    found: dict[str, np.ndarray[Any, Any]] = {}
+    for name, part in zip(EMBEDDINGS, (view, TEXT), strict=True):
+        known, values = read_sidecar(cache, part, entry)
+        check_keys(cache.path(part, entry), known, keys)
+        found[name] = values
+    found["teacher_text"] = found["teacher_text"][:, caption_of(segment.epoch, reading.captions)]
+    return found
+
+
+def _lists(values: np.ndarray[Any, Any]) -> pa.FixedSizeListArray:
+    """Wraps (B, D) numbers as an Arrow column."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
 
 
 def _endless(targets: list[int]) -> Iterator[int]:
@@ -99,7 +164,8 @@ def finish(table: pa.Table, plan: Plan) -> dict[str, Any]:
     """Decodes, crops and tokenises one block.
 
     Returns:
-        Columns `row`, `epoch`, `key`, `image_{px}` and `tokens_{name}`.
+        Columns `row`, `epoch`, `key`, `image_{px}`, `tokens_{name}` and the teacher's
+        embeddings where the block has them.
 
     Raises:
         ShardChanged: An image that the manifest vouches for cannot be decoded.
@@ -130,6 +196,10 @@ def finish(table: pa.Table, plan: Plan) -> dict[str, Any]:
         if tokens.ndim != 2 or len(tokens) != len(captions):
             raise DataError(f"tokenizer {name!r} made {tokens.shape} of {len(captions)} captions")
         columns[f"tokens_{name}"] = tokens
+    for name in EMBEDDINGS:
+        if name in table.column_names:
+            flat = table.column(name).combine_chunks().flatten()
+            columns[name] = flat.to_numpy(zero_copy_only=False).reshape(len(keys), -1)
     return columns
 
 

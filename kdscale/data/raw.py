@@ -45,10 +45,29 @@ class RawSample:
         """The caption, without surrounding blanks."""
         return (self.txt or b"").decode("utf-8").strip()
 
+    def captions(self, count: int) -> list[str]:
+        """Returns the caption, then those that the metadata's `captions` list, over and over.
+
+        Args:
+            count: How many to return.
+        """
+        listed = self.meta.get("captions") if count > 1 else None
+        extra = listed if isinstance(listed, list) else []
+        known = [self.caption]
+        known += [text.strip() for text in extra if isinstance(text, str) and text.strip()]
+        return [known[place % len(known)] for place in range(count)]
+
     @property
     def meta(self) -> dict[str, Any]:
-        """The metadata; empty where the shard has none."""
-        value = json.loads(self.json) if self.json else {}
+        """The metadata; empty where the shard has none.
+
+        Raises:
+            ValueError: Not a JSON object, or nested too deeply to be read.
+        """
+        try:
+            value = json.loads(self.json) if self.json else {}
+        except RecursionError as error:
+            raise ValueError("metadata is nested too deeply") from error
         if not isinstance(value, dict):
             raise ValueError(f"metadata is a {type(value).__name__}, not an object")
         return value
@@ -244,32 +263,80 @@ def read_parquet(path: str, fs: Any) -> Iterator[RawSample]:
     present `json` and `key`. Without keys, the hash of image and caption is the key.
 
     Raises:
-        DataError: No image column.
+        DataError: Not a whole Parquet file, no image column, or columns of other types.
     """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with fs.open(path, "rb") as file:
-        table = pq.ParquetFile(file)
-        names = table.schema_arrow.names
-        image = next((name for name in ("jpg", "image") if name in names), None)
-        if image is None:
-            raise DataError(f"{path} has no column jpg or image; it has {', '.join(names)}")
-        text = next((name for name in ("txt", "caption") if name in names), None)
-        wanted = [n for n in (image, text, "json", "key") if n in names]
-        index = 0
-        for chunk in table.iter_batches(batch_size=256, columns=wanted):
-            columns = {name: chunk.column(name) for name in wanted}
-            for row in range(chunk.num_rows):
-                cells = {name: column[row].as_py() for name, column in columns.items()}
-                picture = cells[image]
-                jpg = picture.get("bytes") if isinstance(picture, dict) else picture
-                txt = _utf8(cells.get(text)) if text else None
-                key = cells.get("key")
-                if key is None:
-                    content = (jpg or b"") + b"\0" + (txt or b"")
-                    key = hashlib.blake2b(content, digest_size=12).hexdigest()
-                yield RawSample(index, str(key), jpg, txt, _utf8(cells.get("json")))
-                index += 1
+    try:
+        with fs.open(path, "rb") as file:
+            table = pq.ParquetFile(file)
+            image, text, wanted = _columns(path, table.schema_arrow)
+            index = 0
+            for chunk in table.iter_batches(batch_size=256, columns=wanted):
+                columns = {name: chunk.column(name) for name in wanted}
+                for row in range(chunk.num_rows):
+                    cells = {name: column[row].as_py() for name, column in columns.items()}
+                    yield _parquet_sample(index, cells, image, text)
+                    index += 1
+    except (FileNotFoundError, IsADirectoryError):
+        raise
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path} cannot be read as Parquet: {error}. Fetch or write it again, or leave it "
+            "out of the pattern."
+        ) from error
+
+
+def _columns(path: str, schema: Any) -> tuple[str, str | None, list[str]]:
+    """Chooses the columns to read and checks that they hold what their names say.
+
+    Returns:
+        The image's, the caption's where there is one, and all that are to be read.
+    """
+    names = schema.names
+    image = next((name for name in ("jpg", "image") if name in names), None)
+    if image is None:
+        raise DataError(
+            f"{path} has no column jpg or image; it has {', '.join(names)}. Rename the column of "
+            "the encoded images."
+        )
+    text = next((name for name in ("txt", "caption") if name in names), None)
+    for name in (image, text, "json"):
+        if name in names and not _fits(schema.field(name).type, is_image=name == image):
+            wanted = "encoded images as bytes, alone or in a struct" if name == image else "text"
+            raise DataError(
+                f"column {name} of {path} holds {schema.field(name).type}, not {wanted}. Write "
+                "the shard again with that column converted, or leave it out of the pattern."
+            )
+    return image, text, [n for n in (image, text, "json", "key") if n is not None and n in names]
+
+
+def _fits(kind: Any, *, is_image: bool) -> bool:
+    """Tells whether a column's type can stand for a file: bytes, or text where it is no image."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    kind = getattr(kind, "storage_type", kind)
+    if is_image and types.is_struct(kind):
+        return any(field.name == "bytes" and _fits(field.type, is_image=True) for field in kind)
+    tests = [types.is_binary, types.is_large_binary, types.is_binary_view, types.is_null]
+    if not is_image:
+        tests += [types.is_string, types.is_large_string, types.is_string_view]
+    return any(test(kind) for test in tests)
+
+
+def _parquet_sample(index: int, cells: dict[str, Any], image: str, text: str | None) -> RawSample:
+    """Makes a sample of a Parquet row."""
+    picture = cells[image]
+    jpg = picture.get("bytes") if isinstance(picture, dict) else picture
+    txt = _utf8(cells.get(text)) if text else None
+    key = cells.get("key")
+    if key is None:
+        content = (jpg or b"") + b"\0" + (txt or b"")
+        key = hashlib.blake2b(content, digest_size=12).hexdigest()
+    return RawSample(index, str(key), jpg, txt, _utf8(cells.get("json")))
 
 
 def _utf8(cell: Any) -> bytes | None:
@@ -278,14 +345,23 @@ def _utf8(cell: Any) -> bytes | None:
 
 
 def read_shard(path: str, fs: Any, hasher: Any = None) -> Iterator[RawSample]:
-    """Streams a shard of either format; `hasher` is fed the whole file first or alongside."""
-    if path.endswith(".tar"):
-        yield from read_tar(path, fs, hasher)
-    elif path.endswith(".parquet"):
+    """Streams a shard of either format; `hasher` is fed the whole file first or alongside.
+
+    Raises:
+        DataError: Neither format, a directory, or a file that cannot be read as its name says.
+    """
+    if not path.endswith((".tar", ".parquet")):
+        raise DataError(f"{path} is neither a .tar nor a .parquet shard")
+    try:
+        if path.endswith(".tar"):
+            yield from read_tar(path, fs, hasher)
+            return
         if hasher is not None:
             with fs.open(path, "rb", **_opening(fs)) as file:
                 while _take(file, _READ_BYTES, hasher):
                     pass
         yield from read_parquet(path, fs)
-    else:
-        raise DataError(f"{path} is neither a .tar nor a .parquet shard")
+    except IsADirectoryError as error:
+        raise DataError(
+            f"{path} is a directory, not a shard: rename it or leave it out of the pattern"
+        ) from error

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 64_000_000
 AREA_FROM = 3.0
+BLUR_FROM = 1.2  # below, the blur is narrower than a pixel and changes nothing
 _BLUR = 0.45
 _TRIES = 10
 
@@ -64,6 +65,8 @@ class Batch:
         rows: (B,) int64, the samples' places in the run: `step * G + rank * B + i`.
         images: {px: (B, px, px, 3) uint8}; views of shared memory, not to be written to.
         tokens: {tokenizer: (B, T) int64}, likewise.
+        teacher_image: (B, D) float16 unit embeddings from the teacher cache, None without one.
+        teacher_text: The same of the captions.
     """
 
     step: int
@@ -72,6 +75,8 @@ class Batch:
     keys: list[str]
     images: dict[int, torch.Tensor]
     tokens: dict[str, torch.Tensor]
+    teacher_image: torch.Tensor | None = None
+    teacher_text: torch.Tensor | None = None
 
 
 def decode(data: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -113,12 +118,18 @@ def _check_size(height: int, width: int) -> None:
 
 
 def _decode_other(data: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Decodes with Pillow, which reads the header first and the pixels on demand."""
+    """Decodes with Pillow, which reads the header first and the pixels on demand.
+
+    Of 16 bits a channel the upper eight are taken, as Pillow itself does for colour.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             picture = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP", "MPO"))
             _check_size(picture.height, picture.width)
+            if picture.mode.startswith("I"):  # `convert` would cut 16 bits of grey off at 255
+                grey = (np.asarray(picture) >> 8).astype(np.uint8)
+                return np.repeat(grey[..., None], 3, axis=2)
             return np.asarray(picture.convert("RGB"))
     except Image.DecompressionBombError as error:
         raise BadImage("bomb", str(error)) from error
@@ -177,7 +188,7 @@ def resize(image: np.ndarray[Any, Any], px: int) -> np.ndarray[Any, np.dtype[np.
     ratios = image.shape[1] / px, image.shape[0] / px
     if max(ratios) > AREA_FROM:
         return cv2.resize(image, (px, px), interpolation=cv2.INTER_AREA)  # pyright: ignore[reportReturnType]
-    if max(ratios) > 1:
+    if max(ratios) > BLUR_FROM:
         taps = [1 if ratio <= 1 else 3 if ratio < 2 else 5 for ratio in ratios]
         sigmas = [_BLUR * math.sqrt(max(ratio**2 - 1, 1e-6)) for ratio in ratios]
         image = cv2.GaussianBlur(image, taps, sigmaX=sigmas[0], sigmaY=sigmas[1])
@@ -201,3 +212,8 @@ def render(
 def view_of(epoch: int, views: int | None) -> int:
     """Says which view of a sample an epoch shows: a new one each time, or one of `views`."""
     return epoch if views is None else epoch % views
+
+
+def caption_of(epoch: int, captions: int) -> int:
+    """Says which of a sample's captions an epoch shows."""
+    return epoch % captions

@@ -20,7 +20,14 @@ import fsspec
 import numpy as np
 
 from kdscale.core.config import DataSpec
-from kdscale.core.types import DataError, EmptyShard, ShardChanged, TooManyBadSamples
+from kdscale.core.types import (
+    BadManifest,
+    DataError,
+    EmptyShard,
+    ShardChanged,
+    TooManyBadSamples,
+)
+from kdscale.data.order import Ints, permutation
 from kdscale.data.raw import RawSample, expand, read_shard, read_tar
 from kdscale.data.samples import BadImage, decode
 
@@ -29,12 +36,16 @@ __all__ = [
     "RawSample",
     "ShardEntry",
     "build_manifest",
+    "check_fraction",
     "expand",
     "read_good",
     "read_labelled",
     "read_tar",
     "verify_shard",
 ]
+
+
+CUT = "truncated_tar"
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,8 @@ class ShardEntry:
         num_samples: Usable samples.
         keys_digest: Hash of the usable samples' keys, in order.
         quarantine: (index, key, cause) of every unusable sample.
+        take: How many of the usable samples one epoch uses; None for all.
+        labels: Smallest and largest label, None where none is required.
     """
 
     path: str
@@ -53,11 +66,35 @@ class ShardEntry:
     num_samples: int
     keys_digest: str
     quarantine: tuple[tuple[int, str, str], ...] = ()
+    take: int | None = None
+    labels: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.take is not None and not 0 < self.take <= self.num_samples:
+            raise DataError(
+                f"{self.path} has {self.num_samples} usable samples, of which {self.take} cannot "
+                "be taken"
+            )
+
+    @property
+    def used(self) -> int:
+        """Samples that one epoch uses."""
+        return self.num_samples if self.take is None else self.take
+
+    def used_places(self) -> Ints | None:
+        """Returns the places, among the usable samples, of those that an epoch uses.
+
+        Returns:
+            (take,) ascending, the same in every epoch; None where all are used.
+        """
+        if self.take is None:
+            return None
+        return np.sort(permutation(self.num_samples, "take", self.keys_digest)[: self.take])
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The verified contents of a data set, in shard order.
+    """The verified contents of a data set, in shard order; a mix lists shards several times.
 
     Attributes:
         labelled: Samples were required to carry an integer label instead of a caption.
@@ -69,33 +106,45 @@ class Manifest:
 
     @property
     def num_samples(self) -> int:
-        """Usable samples of all shards."""
+        """Samples that one epoch uses."""
         return sum(self.counts)
 
     @property
     def num_bytes(self) -> int:
         """Size of all shards."""
-        return sum(shard.num_bytes for shard in self.shards)
+        return sum(shard.num_bytes for shard in self.distinct)
+
+    @property
+    def distinct(self) -> tuple[ShardEntry, ...]:
+        """One entry per file."""
+        return tuple({shard.path: shard for shard in self.shards}.values())
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Usable samples per shard, which is what `Order` takes."""
-        return tuple(shard.num_samples for shard in self.shards)
+        """Samples that an epoch uses of each shard, which is what `Order` takes."""
+        return tuple(shard.used for shard in self.shards)
 
     @cached_property
     def hash(self) -> str:
         """Hash of the contents and of what is quarantined; not of where the shards lie."""
-        shards = [(s.sha256, s.num_samples, s.keys_digest, s.quarantine) for s in self.shards]
+        shards = [
+            (s.sha256, s.num_samples, s.keys_digest, s.quarantine)
+            + (() if s.take is None else (s.take,))
+            for s in self.shards
+        ]
         text = json.dumps([self.version, self.labelled, shards])
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
     def causes(self) -> dict[str, int]:
         """Counts the quarantined samples by cause."""
-        return dict(Counter(cause for s in self.shards for _, _, cause in s.quarantine))
+        return dict(Counter(cause for s in self.distinct for _, _, cause in s.quarantine))
 
     def to_json(self) -> str:
         """Writes the manifest as JSON, one shard a line."""
-        lines = ",\n".join(json.dumps(asdict(shard)) for shard in self.shards)
+        lines = ",\n".join(
+            json.dumps({k: v for k, v in asdict(shard).items() if k != "take" or v is not None})
+            for shard in self.shards
+        )
         labelled = json.dumps(self.labelled)
         return (
             f'{{"version": {self.version}, "labelled": {labelled}, "hash": "{self.hash}", '
@@ -107,19 +156,23 @@ class Manifest:
         """Reads what `to_json` wrote.
 
         Raises:
-            DataError: Not a manifest, or edited since it was written.
+            BadManifest: Not a manifest, or edited since it was written.
         """
         try:
             value = json.loads(text)
             shards = tuple(
-                ShardEntry(**s | {"quarantine": tuple((i, k, c) for i, k, c in s["quarantine"])})
+                ShardEntry(
+                    **s
+                    | {"quarantine": tuple((i, k, c) for i, k, c in s["quarantine"])}
+                    | {"labels": tuple(s["labels"]) if s.get("labels") else None}
+                )
                 for s in value["shards"]
             )
             manifest = cls(shards, value["labelled"], version=value["version"])
             if value["hash"] != manifest.hash:
                 raise ValueError("its hash does not fit its contents")
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"not a usable manifest ({error}); verify the data again") from error
+            raise BadManifest(f"not a usable manifest ({error}); verify the data again") from error
         return manifest
 
 
@@ -140,6 +193,7 @@ def build_manifest(
 
     Raises:
         NoShards: The pattern matches nothing.
+        DataError: A shard cannot be read as what its name says.
         EmptyShard: A shard has no usable sample.
         TooManyBadSamples: More are unusable than `spec.max_bad_fraction`.
     """
@@ -157,20 +211,24 @@ def build_manifest(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     manifest = Manifest(tuple(entries), labelled)
-    _check_fraction(manifest, spec.max_bad_fraction)
+    check_fraction(manifest, spec.max_bad_fraction)
     return manifest
 
 
-def _check_fraction(manifest: Manifest, allowed: float) -> None:
-    """Raises where too large a part of the data is unusable."""
-    bad = sum(manifest.causes().values())
-    total = bad + manifest.num_samples
+def check_fraction(manifest: Manifest, allowed: float) -> None:
+    """Checks that no more than the allowed share of the samples is unusable.
+
+    Raises:
+        TooManyBadSamples: More is.
+    """
+    bad = sum(manifest.causes().values()) + _cut_off(manifest)
+    total = bad + sum(shard.num_samples for shard in manifest.distinct)
     if bad <= allowed * total:
         return
     counts = ", ".join(f"{cause} {count}" for cause, count in sorted(manifest.causes().items()))
     examples = [
         f"{key} in {shard.path} ({cause})"
-        for shard in manifest.shards
+        for shard in manifest.distinct
         for _, key, cause in shard.quarantine
     ][:3]
     raise TooManyBadSamples(
@@ -180,10 +238,33 @@ def _check_fraction(manifest: Manifest, allowed: float) -> None:
     )
 
 
+def _cut_off(manifest: Manifest) -> int:
+    """Guesses how many samples truncated shards lost: what they lack of a usual shard."""
+    sizes = {s.path: s.num_samples + len(s.quarantine) for s in manifest.distinct}
+    usual = sorted(sizes.values())[len(sizes) // 2]
+    cut = {s.path for s in manifest.distinct for *_, cause in s.quarantine if cause == CUT}
+    return sum(max(0, usual - sizes[path]) for path in cut)
+
+
+def check_labels(manifest: Manifest, num_classes: int, name: str) -> None:
+    """Checks that every label names a class.
+
+    Raises:
+        DataError: One does not; it would be scored as a mistake.
+    """
+    for shard in manifest.shards:
+        if shard.labels is not None and not 0 <= shard.labels[0] <= shard.labels[1] < num_classes:
+            raise DataError(
+                f"{shard.path} has labels from {shard.labels[0]} to {shard.labels[1]}, the "
+                f"benchmark {name!r} has classes 0 to {num_classes - 1}; labels count from 0"
+            )
+
+
 def verify_shard(path: str, *, labelled: bool = False) -> ShardEntry:
     """Reads and decodes one whole shard.
 
     Raises:
+        DataError: It cannot be read as what its name says.
         EmptyShard: It has no usable sample.
     """
     fs, inner = fsspec.core.url_to_fs(path)
@@ -191,6 +272,7 @@ def verify_shard(path: str, *, labelled: bool = False) -> ShardEntry:
     keys = hashlib.blake2b(digest_size=16)
     seen: set[str] = set()
     good = 0
+    labels: list[int] = []
     quarantine: list[tuple[int, str, str]] = []
     for sample in read_shard(inner, fs, checksum):
         cause = "duplicate_key" if sample.key in seen else find_fault(sample, labelled)
@@ -198,6 +280,7 @@ def verify_shard(path: str, *, labelled: bool = False) -> ShardEntry:
         if cause is None:
             good += 1
             keys.update(sample.key.encode() + b"\0")
+            labels += [sample.meta["label"]] if labelled else []
         else:
             quarantine.append((sample.index, sample.key, cause))
     if not good:
@@ -208,13 +291,15 @@ def verify_shard(path: str, *, labelled: bool = False) -> ShardEntry:
             "Remove it from the pattern or write it again."
         )
     digests = checksum.hexdigest(), keys.hexdigest()
-    return ShardEntry(path, size, digests[0], good, digests[1], tuple(quarantine))
+    extremes = (min(labels), max(labels)) if labels else None
+    bad = tuple(quarantine)
+    return ShardEntry(path, size, digests[0], good, digests[1], bad, labels=extremes)
 
 
 def find_fault(sample: RawSample, labelled: bool = False) -> str | None:
     """Names what makes a sample unusable, cheap checks first; None where nothing does."""
     if sample.cut:
-        return "truncated_tar"
+        return CUT
     if not sample.jpg:
         return "missing_image"
     if not labelled and sample.txt is None:
@@ -281,11 +366,13 @@ def read_labelled(
     """Streams (key, label, image as (H, W, 3) uint8) of a labelled data set, in order.
 
     Raises:
-        DataError: The manifest was made without `labelled`.
+        DataError: The manifest was made without `labelled`, or is a mix.
         ShardChanged: A shard no longer fits the manifest.
     """
     if not manifest.labelled:
         raise DataError("this manifest does not vouch for labels: build it with labelled=True")
+    if any(entry.take is not None for entry in manifest.shards):
+        raise DataError("labelled data are read whole, this manifest is a mix: give its sources")
     for entry in manifest.shards:
         fs, path = fsspec.core.url_to_fs(entry.path)
         for sample in read_good(path, fs, entry):

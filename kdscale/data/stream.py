@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kdscale.core.types import ConfigError, DataError, KdscaleError
-from kdscale.data.blocks import Plan, Tokenizer, deal, finish, read_segment
+from kdscale.data.blocks import EMBEDDINGS, Plan, Reading, Tokenizer, deal, finish, read_segment
 from kdscale.data.order import WINDOW_SAMPLES, Order, Segment
 from kdscale.data.samples import Batch, Crop
 from kdscale.data.shards import Manifest
+from kdscale.data.sidecars import CacheRef
 
 if TYPE_CHECKING:
     import ray.data
@@ -40,6 +41,8 @@ class StreamConfig:
         num_workers: Must divide `global_batch_size`; changes no row's place.
         start_step: First step, that of the checkpoint which training resumes from.
         views: Distinct crops per sample, None for a new one each epoch.
+        captions: Captions per sample that the epochs take in turn.
+        cache: Teacher embeddings to read beside the shards, of the same crops and views.
         sizes: Image sides in pixels; all are rendered from the same crop.
         tokenizers: Picklable functions without arguments, each making a tokenizer that turns
             a list of captions into (B, T) integers; called once per process.
@@ -58,9 +61,12 @@ class StreamConfig:
     start_step: int = 0
     crop: Crop = field(default_factory=Crop)
     views: int | None = None
+    captions: int = 1
+    cache: CacheRef | None = None
     tokenizers: Mapping[str, Callable[[], Tokenizer]] = field(default_factory=dict)
     cpus_per_task: float = 1.0
     prefetch_batches: int = 2
+    readers: int = 1
 
     def __post_init__(self) -> None:
         if self.num_workers < 1 or self.global_batch_size % self.num_workers:
@@ -74,6 +80,12 @@ class StreamConfig:
             )
         if not self.sizes and not self.tokenizers:
             raise ConfigError("a stream needs image sizes or tokenizers, it has neither")
+        cache = self.cache
+        if cache is not None and (self.views, self.crop) != (cache.views, cache.crop):
+            raise ConfigError(
+                f"the cache holds {cache.views} views by {cache.crop}, the stream wants "
+                f"{self.views} by {self.crop}"
+            )
 
     @cached_property
     def order(self) -> Order:
@@ -136,26 +148,29 @@ def train_dataset(config: StreamConfig) -> ray.data.Dataset:
         dataset = dataset.repartition(target_num_rows_per_block=whole, strict=True)
         dataset = dataset.map_batches(dealer, batch_size=whole, **options)
     finisher = partial(finish, plan=plan)
-    if cpus == 1 and not dealt:
-        # Ray fuses the two, which saves a task and a copy per block; only at one CPU each.
-        dataset = dataset.map_batches(finisher, batch_size=rows, **options).repartition(**even)
-    else:
-        dataset = dataset.repartition(**even).map_batches(finisher, batch_size=rows, **options)
+    # The other way round Ray would fuse the two, and one task would do several blocks in a row.
+    dataset = dataset.repartition(**even).map_batches(finisher, batch_size=rows, **options)
     _configure(dataset, rows * config.row_bytes)
     return dataset
 
 
 def _configure(dataset: ray.data.Dataset, block_bytes: int) -> None:
-    """Sets what Ray Data keeps beside the plan: order, block size, silence."""
+    """Sets what Ray Data keeps beside the plan: order and block size."""
+    _quiet(dataset)
+    context = dataset.context
+    # A finished block that Ray would cut in two no longer goes to one worker; what is read may
+    # not be much larger, since a task takes a whole block of it.
+    context.target_max_block_size = max(_MIN_BLOCK_BYTES, block_bytes)
+    context.execution_options = execution_options()
+
+
+def _quiet(dataset: ray.data.Dataset) -> None:
+    """Leaves progress and errors to us."""
     context = dataset.context
     context.enable_progress_bars = False
     context.enable_operator_progress_bars = False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True
-    # A finished block that Ray would cut in two no longer goes to one worker; what is read may
-    # not be much larger, since a task takes a whole block of it.
-    context.target_max_block_size = max(_MIN_BLOCK_BYTES, block_bytes)
-    context.execution_options = execution_options()
 
 
 def execution_options(
@@ -207,10 +222,12 @@ def _source(config: StreamConfig) -> ray.data.Dataset:
         def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
             return [_task(segment) for segment in segments]
 
+    reading = Reading(config.views, config.captions, config.cache)
+
     def _task(segment: Segment) -> ReadTask:
         entries = tuple(shards[number] for number in segment.shards)
         return ReadTask(
-            partial(read_segment, segment, entries),
+            partial(read_segment, segment, entries, reading),
             BlockMetadata(
                 num_rows=segment.num_rows, size_bytes=None, exec_stats=None, input_files=None
             ),
@@ -219,8 +236,52 @@ def _source(config: StreamConfig) -> ray.data.Dataset:
     # Half, because a reader waits for storage; and unlike the decoders, or Ray would fuse the
     # two and lose the rows that a block takes from two windows.
     return ray.data.read_datasource(
-        Shards(), override_num_blocks=len(segments), num_cpus=config.cpus_per_task / 2
+        Shards(),
+        override_num_blocks=len(segments),
+        num_cpus=config.cpus_per_task / 2,
+        concurrency=config.readers,
     )
+
+
+def actor_map(
+    items: Sequence[int],
+    make: Callable[[], Callable[[int], dict[str, Any]]],
+    *,
+    num_actors: int,
+    resources: Mapping[str, float],
+) -> Iterator[dict[str, Any]]:
+    """Maps numbers through a pool of Ray Data actors and yields the results as they come.
+
+    Args:
+        items: What to map; each is a task of its own, done again elsewhere if its actor dies.
+        make: Called once per actor; gives the function that maps one item to a flat row.
+        num_actors: Actors at most.
+        resources: CPU and GPU of one actor.
+    """
+    import ray.data
+
+    class Actor:
+        """Holds what is expensive to make."""
+
+        def __init__(self) -> None:
+            self._work = make()
+
+        def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+            (item,) = batch["item"]
+            return {name: [value] for name, value in self._work(int(item)).items()}
+
+    dataset = ray.data.from_items(
+        [{"item": item} for item in items], override_num_blocks=len(items)
+    )
+    dataset = dataset.map_batches(
+        Actor,
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(num_actors, len(items))),
+        num_cpus=resources.get("CPU", 1.0),
+        num_gpus=resources.get("GPU", 0.0) or None,
+    )
+    _quiet(dataset)
+    yield from dataset.iter_rows()
 
 
 class TrainStream:
@@ -294,6 +355,7 @@ class TrainStream:
             columns["key"].tolist(),
             {px: _tensor(columns[f"image_{px}"]) for px in self._config.sizes},
             {name: _tensor(columns[f"tokens_{name}"]) for name in self._config.tokenizers},
+            **{name: _tensor(columns[name]) for name in EMBEDDINGS if name in columns},
         )
 
 

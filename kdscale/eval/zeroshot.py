@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from kdscale.core.types import TrainingDiverged
+
 Tokenizer = Callable[[list[str]], Tensor]
 
 
@@ -67,6 +69,13 @@ def predict(embedding_BD: Tensor, classifier_CD: Tensor) -> Tensor:
 
     Returns:
         (B,) int64 labels.
+
+    Raises:
+        TrainingDiverged: An embedding is not finite; its "prediction" would be class 0.
     """
+    if not torch.isfinite(embedding_BD).all():
+        raise TrainingDiverged(
+            "the model's image embeddings are not finite numbers; lower lr or a loss weight"
+        )
     cosine_BC = normalize(embedding_BD.float(), dim=-1) @ classifier_CD.T
     return cosine_BC.argmax(dim=-1)

@@ -22,7 +22,8 @@ import cv2
 
 from kdscale.core.config import MiniWorld
 from kdscale.core.types import ConfigError
-from kdscale.mini.scenes import CLASSNAMES, Scene, caption, draw, render
+from kdscale.mini.paint import render
+from kdscale.mini.scenes import CLASSNAMES, Scene, caption, draw
 
 JPEG_QUALITY = 90
 MAX_SAMPLES_PER_SHARD = 10_000

@@ -21,6 +21,7 @@ from PIL import Image
 
 from kdscale.core.config import TowerSpec
 from kdscale.core.types import ConfigError, WeightsError
+from kdscale.models.bpe import build_bpe, openai_merges
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +31,7 @@ MINI_BPE = TOKENIZER_DIR / "bpe_mini.txt.gz"
 MINI_SP = TOKENIZER_DIR / "sp_mini"
 SIGLIP_VOCAB = 32_000
 SIGLIP_HUB_ID = "timm/ViT-B-16-SigLIP"
+MAX_ASPECT = 50
 HF_TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "sentencepiece.model")
 
 logger = logging.getLogger(__name__)
@@ -41,14 +43,19 @@ def eval_crop(rgb: np.ndarray, spec: TowerSpec) -> np.ndarray:
     Pillow resizes: its bicubic filter widens when shrinking, as the towers' authors had it;
     OpenCV's does not, and its area filter blurs differently.
 
+    Of an image more than `MAX_ASPECT` times as long as it is wide, only the central strip is
+    resized: the whole would take the memory of thousands of images for pixels that are cropped
+    away. The pixels are the same but for rounding, and for overshoot that Pillow cuts off between
+    its two passes, whose order it chooses by size.
+
     Args:
         rgb: (H, W, 3) uint8.
         spec: `resize="shortest"` scales the shorter side to `image_px` and crops the centre;
             `"squash"` scales both sides.
 
     Returns:
-        (image_px, image_px, 3) uint8, bit-equal to torchvision's `Resize` and `CenterCrop` on a
-        Pillow image.
+        (image_px, image_px, 3) uint8, up to `MAX_ASPECT` bit-equal to torchvision's `Resize` and
+        `CenterCrop` on a Pillow image.
     """
     image = Image.fromarray(rgb)
     px = spec.image_px
@@ -57,9 +64,13 @@ def eval_crop(rgb: np.ndarray, spec: TowerSpec) -> np.ndarray:
     width, height = image.size
     short = min(width, height)
     size = (int(px * width / short), int(px * height / short))
+    left, top = round((size[0] - px) / 2), round((size[1] - px) / 2)
+    if max(size) > MAX_ASPECT * px:
+        across, down = width / size[0], height / size[1]
+        strip = (left * across, top * down, (left + px) * across, (top + px) * down)
+        return np.asarray(image.resize((px, px), Image.Resampling.BICUBIC, box=strip))
     if size != image.size:
         image = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = round((size[0] - px) / 2), round((size[1] - px) / 2)
     return np.asarray(image)[top : top + px, left : left + px]
 
 
@@ -112,9 +123,15 @@ class TowerTokenizer:
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Returns (B, context_length) int64, padded and cut."""
+        import torch
+
+        return torch.from_numpy(self.ids(texts))
+
+    def ids(self, texts: Sequence[str]) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Returns the same as an array; `bpe` needs no torch for it."""
         encode, lock = _built(self)
         with lock:
-            return encode(list(texts))
+            return np.asarray(encode(list(texts)), np.int64)
 
 
 def tokenizer(spec: TowerSpec) -> TowerTokenizer:
@@ -224,9 +241,11 @@ def _tokenizer_module() -> Any:
 @lru_cache(maxsize=16)
 def _built(wanted: TowerTokenizer) -> tuple[Callable[[list[str]], Any], threading.Lock]:
     """Builds a tokenizer once per process."""
+    length = wanted.context_length
+    if wanted.kind == "bpe":
+        return build_bpe(wanted.source or openai_merges(), length), threading.Lock()
     module = _tokenizer_module()
     HFTokenizer, SimpleTokenizer = module.HFTokenizer, module.SimpleTokenizer
-    length = wanted.context_length
     if wanted.kind == "hf":
         assert wanted.source is not None
         try:
@@ -239,12 +258,8 @@ def _built(wanted: TowerTokenizer) -> tuple[Callable[[list[str]], Any], threadin
         except Exception as error:
             raise WeightsError(f"tokenizer {wanted.source} cannot be loaded: {error}") from error
         return encode, threading.Lock()
-    if wanted.kind == "folded":
-        simple = SimpleTokenizer(context_length=length, clean="canonicalize")
-        return lambda texts: simple(texts) % SIGLIP_VOCAB, threading.Lock()
-    if wanted.source is None:
-        return SimpleTokenizer(context_length=length), threading.Lock()
-    return SimpleTokenizer(bpe_path=wanted.source, context_length=length), threading.Lock()
+    simple = SimpleTokenizer(context_length=length, clean="canonicalize")
+    return lambda texts: simple(texts) % SIGLIP_VOCAB, threading.Lock()
 
 
 def copy_tokenizer(spec: TowerSpec, directory: Path) -> bool:

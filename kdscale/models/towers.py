@@ -21,7 +21,8 @@ from open_clip.transformer import VisionTransformer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kdscale.core.config import TowerSpec
+from kdscale.core.config import STAGE_WEIGHTS, TowerSpec
+from kdscale.core.storage import Storage
 from kdscale.core.types import ConfigError, WeightsError, unknown_name
 from kdscale.models.preprocess import copy_tokenizer, eval_crop, normalise, tokenizer
 from kdscale.models.weights import CONFIG_FILE, WEIGHTS_FILE, find_weights, load_weights
@@ -32,6 +33,7 @@ __all__ = [
     "count_parameters",
     "eval_crop",
     "image_features",
+    "load_tower",
     "normalise",
     "read_spec",
     "resolve_config",
@@ -79,6 +81,15 @@ def build_clip(
         load_weights(model, source)
     set_model_preprocess_cfg(model, _preprocess_config(spec))
     return model
+
+
+def load_tower(spec: TowerSpec, storage: Storage, seed: int = 0, **options: Any) -> nn.Module:
+    """Builds a pair as `build_clip` does, taking weights that a stage trained from the store."""
+    if not spec.weights.startswith(STAGE_WEIGHTS):
+        return build_clip(spec, seed=seed, **options)
+    kind, key = spec.weights.removeprefix(STAGE_WEIGHTS).split("/")
+    with storage.local_directory("stages", kind, key, "output", "model") as directory:
+        return build_clip(spec.replace(weights=directory), seed=seed, **options)
 
 
 def resolve_config(spec: TowerSpec) -> dict[str, Any]:

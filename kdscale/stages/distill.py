@@ -16,14 +16,16 @@ from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
 from kdscale.core.config import TowerSpec
+from kdscale.core.scale import default_bn_group
 from kdscale.core.storage import Storage
-from kdscale.core.types import CheckpointError, ConfigError
+from kdscale.core.types import CacheMissing, CheckpointError, ConfigError
 from kdscale.data.samples import Batch
+from kdscale.data.sidecars import read_summary
 from kdscale.losses.heads import MAX_LOG_SCALE, DistillHeads
-from kdscale.losses.recipes import LossFlags, weights_for
+from kdscale.losses.recipes import LossFlags, active_terms, weights_for
 from kdscale.models.batchnorm import collecting, commit_running_stats, group_batchnorm
 from kdscale.models.droppath import mask_patches, sampled_drop_path, set_draws
-from kdscale.models.towers import build_clip, normalise
+from kdscale.models.towers import load_tower, normalise
 from kdscale.stages.evaluate import Tower
 from kdscale.stages.exchange import gather_rows
 from kdscale.stages.jobs import DistillJob
@@ -40,7 +42,7 @@ from kdscale.stages.loop import (
     parameter_groups,
 )
 
-STAGE_WEIGHTS = "stage:"
+SIGMOID_BIAS = -10.0
 
 
 class Encoder(nn.Module):
@@ -63,15 +65,6 @@ class Encoder(nn.Module):
         return (*features, masked)
 
 
-def load_tower(spec: TowerSpec, storage: Storage, seed: int = 0, **options: Any) -> nn.Module:
-    """Builds a tower, taking weights that are another stage's output from the store."""
-    if not spec.weights.startswith(STAGE_WEIGHTS):
-        return build_clip(spec, seed=seed, **options)
-    kind, key = spec.weights.removeprefix(STAGE_WEIGHTS).split("/")
-    with storage.local_directory("stages", kind, key, "output", "model") as directory:
-        return build_clip(spec.replace(weights=directory), seed=seed, **options)
-
-
 class DistillTask:
     """Student, teacher, heads and optimizer of one run, and one optimizer step of it."""
 
@@ -86,8 +79,9 @@ class DistillTask:
             )
         storage = Storage(job.storage_root)
         self.student = self._build_student(storage)
-        self.teacher = self._build_teacher(storage)
-        teacher_dim = None if self.teacher is None else self.teacher.spec.embed_dim
+        self.cached_scale = _cached_scale(job)
+        self.teacher = None if self.cached_scale else self._build_teacher(storage)
+        teacher_dim = getattr(recipe.teacher, "embed_dim", None)
         loss = recipe.loss
         weights = loss if callable(loss) else weights_for(loss, self.flags)
         self.heads = DistillHeads(
@@ -103,8 +97,14 @@ class DistillTask:
     def _build_student(self, storage: Storage) -> Tower:
         spec = self.recipe.student
         assert isinstance(spec, TowerSpec)
-        model = load_tower(spec, storage, seed=self.recipe.seed, drop_path=self.recipe.drop_path)
-        group_batchnorm(model, self.recipe.bn_group)
+        options: dict[str, Any] = {"drop_path": self.recipe.drop_path}
+        loss = self.recipe.loss
+        if not callable(loss) and "sigmoid" in active_terms(weights_for(loss, self.flags)):
+            options["logit_bias"] = SIGMOID_BIAS  # SigLIP's start; a pair with its own keeps it
+        model = load_tower(spec, storage, seed=self.recipe.seed, **options)
+        group_batchnorm(
+            model, self.recipe.bn_group or default_bn_group(self.recipe.global_batch_size)
+        )
         sampled_drop_path(model)
         return Tower(model.to(self.world.device).train(), spec)
 
@@ -229,6 +229,12 @@ class DistillTask:
     @torch.no_grad()
     def _teach(self, batch: Batch) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Returns the teacher's unit features of the global batch and its scale."""
+        if self.cached_scale is not None:
+            image, text = batch.teacher_image, batch.teacher_text
+            if image is None or text is None:
+                raise CacheMissing(f"the batch of step {batch.step} has no teacher embeddings")
+            moved = [half.to(self.world.device).float() for half in (image, text)]
+            return gather_rows(moved[0]), gather_rows(moved[1]), self.cached_scale
         if self.teacher is None:
             return None, None, None
         model: Any = self.teacher.model
@@ -286,3 +292,11 @@ class DistillTask:
 def _bare(module: nn.Module) -> nn.Module:
     """Returns the module under DDP."""
     return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+def _cached_scale(job: DistillJob) -> Tensor | None:
+    """Reads the logit scale of a cached teacher; None where the teacher runs along."""
+    cache = job.cache
+    if cache is None:
+        return None
+    return torch.tensor(float(read_summary(cache)["logit_scale"]))

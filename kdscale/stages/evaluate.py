@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from kdscale.analysis.cka import LinearCKA
 from kdscale.core.config import TowerSpec, ZeroShotSpec
 from kdscale.data.shards import Manifest, read_labelled
+from kdscale.data.sidecars import EVAL, CacheRef, read_sidecar
 from kdscale.eval.zeroshot import classifier, predict
 from kdscale.models.towers import eval_crop, image_features, normalise, tokenizer
+from kdscale.stages.jobs import CKA_IMAGES
 from kdscale.stages.loop import World, autocast
 
 CACHE_BYTES = 512 * 2**20
-CKA_IMAGES = 2048
 BATCH_SIZE = 64
 
 
@@ -81,7 +82,6 @@ class EvalSet:
     manifest: Manifest
     world: World
     _cache: dict[tuple[int, str], list[Tensor]] = field(default_factory=dict)
-    _teacher: dict[int, Tensor] = field(default_factory=dict)
 
     def batches(self, spec: TowerSpec) -> Iterator[tuple[list[str], list[int], Tensor]]:
         """Yields (keys, labels, uint8 BHWC images) cropped for a tower."""
@@ -123,15 +123,23 @@ class Evaluator:
         manifest: Its images.
         world: This worker.
         precision: Of the forward passes.
+        cached: (N, K) features of the teacher for the first `CKA_IMAGES` images, in manifest
+            order, where an embed stage has stored them.
     """
 
     def __init__(
-        self, spec: ZeroShotSpec, manifest: Manifest, world: World, precision: Any
+        self,
+        spec: ZeroShotSpec,
+        manifest: Manifest,
+        world: World,
+        precision: Any,
+        cached: Tensor | None = None,
     ) -> None:
         self._names, self._templates = class_texts(spec)
         self._world, self._precision = world, precision
         self._images = EvalSet(manifest, world)
-        self._teacher_features: list[Tensor] = []
+        # This worker's share of them, one row per image.
+        self._reference = None if cached is None else cached[world.rank :: world.size]
 
     @torch.no_grad()
     def run(self, student: Tower, teacher: Tower | None) -> Scores:
@@ -148,31 +156,33 @@ class Evaluator:
             weights_CD = classifier(
                 student.model, tokenizer(student.spec), self._names, self._templates
             )
-        if teacher is not None and not self._teacher_features:
-            self._teacher_features = self._features_of(teacher)
+        if teacher is not None and self._reference is None:
+            self._reference = self._features_of(teacher)
+        reference = torch.empty(0) if self._reference is None else self._reference
         rows: list[tuple[str, int, int]] = []
         cka = LinearCKA()
         for index, (keys, labels, images) in enumerate(self._images.batches(student.spec)):
             found = self._encode(student, images)
             predictions = predict(found["embedding"], weights_CD).tolist()
             rows += list(zip(keys, labels, predictions, strict=True))
-            if index < len(self._teacher_features):
-                cka.update(found["patch_mean"].float(), self._teacher_features[index])
-        return self._merge(rows, cka, teacher is not None)
+            rows_BK = reference[index * BATCH_SIZE :][: len(keys)]
+            if len(rows_BK):
+                cka.update(found["patch_mean"][: len(rows_BK)].float(), rows_BK)
+        return self._merge(rows, cka, self._reference is not None)
 
     def _encode(self, tower: Tower, images: Tensor) -> dict[str, Tensor]:
         pixels = normalise(images.to(self._world.device), tower.spec)
         with autocast(self._precision, self._world.device):
             return image_features(tower.model, pixels)
 
-    def _features_of(self, teacher: Tower) -> list[Tensor]:
-        """Computes the frozen teacher's features once for all checkpoints."""
-        limit = -(-CKA_IMAGES // (BATCH_SIZE * self._world.size))
+    def _features_of(self, teacher: Tower) -> Tensor:
+        """Computes the frozen teacher's features once for all checkpoints: (N, K) fp32."""
+        own = len(range(self._world.rank, CKA_IMAGES, self._world.size))
         found: list[Tensor] = []
         for index, (_, _, images) in enumerate(self._images.batches(teacher.spec)):
-            if index < limit:
+            if index * BATCH_SIZE < own:
                 found.append(self._encode(teacher, images)["patch_mean"].float())
-        return found
+        return torch.cat(found)[:own]
 
     def _merge(self, rows: list[tuple[str, int, int]], cka: LinearCKA, with_cka: bool) -> Scores:
         """Puts the workers' shares together in manifest order."""
@@ -197,3 +207,16 @@ def _interleave(shares: list[list[Any]]) -> list[Any]:
     """Undoes the sharing by index."""
     total = sum(len(share) for share in shares)
     return [shares[index % len(shares)][index // len(shares)] for index in range(total)]
+
+
+def cached_features(cache: CacheRef, manifest: Manifest) -> Tensor:
+    """Reads a teacher's features of the first `CKA_IMAGES` images: (N, K) fp32.
+
+    Raises:
+        DataError: A file is absent, damaged, or of another teacher or shard.
+    """
+    found: list[np.ndarray[Any, Any]] = []
+    for entry in manifest.shards:
+        if sum(map(len, found)) < CKA_IMAGES:
+            found.append(read_sidecar(cache, EVAL, entry)[1])
+    return torch.from_numpy(np.concatenate(found)[:CKA_IMAGES])

@@ -5,9 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from kdscale.core.config import Distill
+from kdscale.core.config import EMBED_STAGE, Distill, Embed
+from kdscale.core.keys import content_key
 from kdscale.core.storage import StageStore, Storage
+from kdscale.data.samples import Crop
 from kdscale.data.shards import Manifest
+from kdscale.data.sidecars import CacheRef
+
+CKA_IMAGES = 2048
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,7 @@ class DistillJob:
         data: Manifest of the training data.
         zero_shot_data: Manifest of the benchmark's images.
         record: What `stage.json` will say.
+        lease: Token of the lease under which it runs, None where nobody else can write.
     """
 
     kind: str
@@ -33,8 +39,93 @@ class DistillJob:
     data: Manifest
     zero_shot_data: Manifest | None
     record: dict[str, Any]
+    lease: str | None = None
 
     @property
     def stage(self) -> StageStore:
         """The stage's directory."""
         return StageStore(Storage(self.storage_root), self.kind, self.key)
+
+    @property
+    def cache(self) -> CacheRef | None:
+        """The teacher cache that this stage reads, None where the teacher runs along."""
+        outputs = self.recipe.teacher_outputs
+        if not outputs.startswith(EMBED_STAGE):
+            return None
+        return cache_ref(embed_recipe(self.recipe), self._store_of(outputs))
+
+    @property
+    def eval_cache(self) -> CacheRef | None:
+        """The teacher's features of the benchmark's images, where a stage has stored them."""
+        outputs = self.recipe.eval_outputs
+        if outputs is None:
+            return None
+        return cache_ref(features_recipe(self.recipe), self._store_of(outputs))
+
+    def _store_of(self, outputs: str) -> StageStore:
+        """Returns the stage that `embed:<key>` names."""
+        key = outputs.removeprefix(EMBED_STAGE)
+        return StageStore(Storage(self.storage_root), Embed.kind, key)
+
+
+@dataclass(frozen=True)
+class EmbedJob:
+    """Everything an actor needs to embed shards; picklable.
+
+    Attributes:
+        key: Content key.
+        storage_root: Where the stage store is.
+        recipe: Resolved recipe.
+        data: Manifest of the data.
+        record: What `stage.json` will say.
+        lease: As of `DistillJob`.
+    """
+
+    key: str
+    storage_root: str
+    recipe: Embed
+    data: Manifest
+    record: dict[str, Any]
+    lease: str | None = None
+    kind: str = Embed.kind
+
+    @property
+    def stage(self) -> StageStore:
+        """The stage's directory."""
+        return StageStore(Storage(self.storage_root), self.kind, self.key)
+
+    @property
+    def cache(self) -> CacheRef:
+        """The cache that this stage writes."""
+        return cache_ref(self.recipe, self.stage)
+
+
+def embed_recipe(recipe: Distill) -> Embed:
+    """Returns the recipe of the cache that a distillation reads."""
+    teacher: Any = recipe.teacher
+    data: Any = recipe.data
+    return Embed(
+        teacher=teacher,
+        data=data,
+        views=recipe.views or 0,
+        captions=recipe.captions,
+        crop_scale=recipe.crop_scale,
+        crop_seed=recipe.crop_seed,
+        precision=recipe.precision or "fp32",
+        run=recipe.run,
+    )
+
+
+def features_recipe(recipe: Distill) -> Embed:
+    """Returns the recipe of the teacher's features that a distillation compares with."""
+    benchmark: Any = recipe.zero_shot
+    return embed_recipe(recipe).replace(
+        data=benchmark.data, views=0, captions=0, max_samples=CKA_IMAGES
+    )
+
+
+def cache_ref(recipe: Embed, stage: StageStore) -> CacheRef:
+    """Returns what a cache's files must say of themselves."""
+    teacher = content_key("tower", Embed.version, recipe.teacher, {}) + f"-{recipe.precision}"
+    crop = Crop(seed=recipe.crop_seed, scale=recipe.crop_scale)
+    return CacheRef(stage.url("output"), teacher, crop, recipe.views, recipe.captions)

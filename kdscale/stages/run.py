@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 
 from kdscale.core.checkpoints import Checkpoints
 from kdscale.core.journal import JournalWriter
+from kdscale.core.storage import check_lease
 from kdscale.core.types import TrainingDiverged
 from kdscale.data.samples import Batch
 from kdscale.models.towers import save_clip
 from kdscale.stages.distill import DistillTask
-from kdscale.stages.evaluate import Evaluator, Scores
+from kdscale.stages.evaluate import Evaluator, Scores, cached_features
 from kdscale.stages.jobs import DistillJob
 from kdscale.stages.loop import World, batch_digest
 
@@ -76,8 +77,10 @@ class Run:
         self.evaluator = None
         if job.zero_shot_data is not None:
             spec: Any = job.recipe.zero_shot
+            cache = job.eval_cache
+            features = cache and cached_features(cache, job.zero_shot_data)
             self.evaluator = Evaluator(
-                spec, job.zero_shot_data, world, job.recipe.precision or "fp32"
+                spec, job.zero_shot_data, world, job.recipe.precision or "fp32", features
             )
         self.scores: Scores | None = None
         self.started = time.time()
@@ -128,6 +131,7 @@ class Run:
             self.scores = self.evaluator.run(self.task.student, self.task.teacher)
             line |= self.scores.metrics
         if self.world.is_first:
+            check_lease(self.job.stage, self.job.lease)
             self.journal.append(line)
             self.journal.flush()
             self.checkpoints.save(line["step"], self.task.state(line["step"]))
@@ -138,6 +142,7 @@ class Run:
         if self.evaluator is not None and self.scores is None:
             self.scores = self.evaluator.run(self.task.student, self.task.teacher)
         if self.world.is_first:
+            check_lease(self.job.stage, self.job.lease)
             self._write_output()
             seconds = round(time.time() - self.started, 1)
             self.job.stage.finish(self.job.record | {"seconds": seconds})

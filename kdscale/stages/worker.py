@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,22 +19,31 @@ import torch
 
 from kdscale.core.checkpoints import Checkpoints
 from kdscale.core.config import Execution, TowerSpec
-from kdscale.core.types import CheckpointError, StageFailed
+from kdscale.core.journal import JournalWriter
+from kdscale.core.storage import StageStore
+from kdscale.core.types import (
+    FINAL_ERRORS,
+    CheckpointError,
+    StageFailed,
+    StageRefused,
+    final_cause,
+)
 from kdscale.data.samples import Batch, Crop
 from kdscale.data.stream import (
     StreamConfig,
     TrainStream,
+    actor_map,
     data_config,
     execution_options,
     train_dataset,
 )
 from kdscale.models.preprocess import tokenizer
-from kdscale.stages.jobs import DistillJob
+from kdscale.stages.jobs import DistillJob, EmbedJob
 
 HEALTH_CHECK_INTERVAL_S = "0.2"
 
 
-def fit(jobs: Sequence[DistillJob], scratch: str | None = None) -> None:
+def fit(jobs: Sequence[DistillJob]) -> None:
     """Runs stages one after the other in one group of workers, each until it is finished.
 
     Starting processes costs more than a short stage, so a trial's stages share them. A stream is
@@ -40,15 +52,18 @@ def fit(jobs: Sequence[DistillJob], scratch: str | None = None) -> None:
 
     Args:
         jobs: What the workers do, in order; all with the first one's execution.
-        scratch: Directory for Ray Train's own bookkeeping, which nothing depends on.
 
     Raises:
         StageFailed: If the workers failed more often than `Execution.max_failures` allows.
+        StageRefused: At the first failure that another attempt would meet again.
     """
     run = jobs[0].recipe.run
     assert run is not None
+    for job in jobs:
+        job.stage.forget_failure()
+    failure: Exception | None = None
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", HEALTH_CHECK_INTERVAL_S)
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as bookkeeping:  # Ray Train's own; nothing reads it
         trainer = ray.train.torch.TorchTrainer(
             _work,
             train_loop_config={"jobs": list(jobs), "in_group": run.num_workers > 0},
@@ -57,22 +72,81 @@ def fit(jobs: Sequence[DistillJob], scratch: str | None = None) -> None:
             dataset_config=data_config(run.data_cpus),
             run_config=ray.train.RunConfig(
                 name=jobs[-1].key,
-                storage_path=scratch or temporary,
+                storage_path=bookkeeping,
                 failure_config=ray.train.FailureConfig(max_failures=run.max_failures),
             ),
         )
         try:
             trainer.fit()
         except Exception as error:
-            names = " and ".join(f"{job.kind} {job.key}" for job in jobs)
-            raise StageFailed(f"{names} failed: {_root_cause(error)}") from error
+            failure = error
+    raise_failed(jobs, failure)
+
+
+def raise_failed(jobs: Sequence[DistillJob | EmbedJob], error: Exception | None) -> None:
+    """Raises what has ended an attempt, and notes it in the stage unless a worker has.
+
+    Args:
+        jobs: What was to be done, in order.
+        error: What reached the driver; None where the workers came to an end.
+
+    Raises:
+        StageRefused: If another attempt would end in the same way.
+        StageFailed: If it might not.
+    """
+    noted = [job for job in jobs if job.stage.failure() is not None]
+    if error is None and not noted:
+        return
+    job = next(iter(noted or [job for job in jobs if not job.stage.is_done()] or jobs))
+    if not noted and error is not None:
+        cause = final_cause(error)
+        job.stage.fail(_root_cause(cause or error), final=cause is not None)
+    found = job.stage.failure() or {"message": _root_cause(error), "final": False}
+    kind = StageRefused if found["final"] else StageFailed
+    raise kind(f"{job.kind} {job.key} failed: {found['message']}") from error
+
+
+def embed(job: EmbedJob) -> None:
+    """Embeds what is left of a data set: in this process, or by a pool of actors.
+
+    Args:
+        job: What to embed; `run.num_workers` actors, or none where it is 0.
+
+    Raises:
+        StageFailed: If a shard could not be embedded.
+        StageRefused: If another attempt could not embed it either.
+    """
+    from kdscale.stages.embed import Embedder, finish, pending, shards_of
+
+    job.stage.forget_failure()
+    run, started = job.recipe.run or Execution(), time.time()
+    journal, total = JournalWriter(job.stage, 1), len(shards_of(job))
+    left = pending(job)
+    threads = max(1, round(run.cpus_per_worker))
+    make = partial(Embedder, job, None, threads)
+    resources = {"CPU": run.cpus_per_worker, "GPU": run.gpus_per_worker}
+    summary: dict[str, Any] = {}
+    try:
+        if run.num_workers == 0 or not left:
+            embedder = make()
+            rows, summary = map(embedder, left), embedder.summary()
+        else:
+            rows = actor_map(left, make, num_actors=run.num_workers, resources=resources)
+        for done, row in enumerate(rows, total - len(left) + 1):
+            summary = json.loads(row["summary"])
+            speed = {"samples_per_s": row["samples"] / row["seconds"]}
+            journal.append({"step": done, "shards": total, **speed})
+    except Exception as error:
+        raise_failed([job], error)
+    finish(job, summary, time.time() - started)
 
 
 def stream_config(job: DistillJob) -> StreamConfig:
     """Returns the stream of a job from its first step: pixels and tokens for each tower."""
     recipe = job.recipe
     assert recipe.run is not None
-    towers = [tower for tower in (recipe.student, recipe.teacher) if isinstance(tower, TowerSpec)]
+    running = (recipe.student, recipe.teacher if job.cache is None else None)
+    towers = [tower for tower in running if isinstance(tower, TowerSpec)]
     return StreamConfig(
         manifest=job.data,
         global_batch_size=recipe.global_batch_size,
@@ -83,9 +157,16 @@ def stream_config(job: DistillJob) -> StreamConfig:
         num_workers=recipe.run.world_size,
         crop=Crop(seed=recipe.crop_seed, scale=recipe.crop_scale),
         views=recipe.views,
-        tokenizers={tower.tokens_name: partial(tokenizer, tower) for tower in towers},
+        captions=recipe.captions,
+        cache=job.cache,
+        tokenizers={tower.tokens_name: partial(_tokeniser, tower) for tower in towers},
         cpus_per_task=recipe.run.cpus_per_data_task,
     )
+
+
+def _tokeniser(tower: TowerSpec) -> Callable[[list[str]], Any]:
+    """Returns a tower's tokenizer as data tasks want it, without torch where it can be."""
+    return tokenizer(tower).ids
 
 
 def _scaling(run: Execution) -> ray.train.ScalingConfig:
@@ -118,19 +199,39 @@ def _dataset_from_cursor(job: DistillJob) -> Callable[[], Any]:
 
 def _work(config: dict[str, Any]) -> None:
     """Runs on every worker, the only process that needs the model libraries."""
-    rank, size, device, report = _place(config["in_group"])
     jobs = [job for job in config["jobs"] if not job.stage.is_done()]
-    # The first stream starts its processes while this one imports the model libraries.
-    first = _Started(jobs[0], rank) if jobs else None
-    from kdscale.stages.loop import World
-    from kdscale.stages.run import Run
+    # Ray starts a failed group again whatever the error was; `fit` tells of a final one.
+    if not jobs or any(job.stage.failure() for job in jobs):
+        return
+    rank, size, device, report = _place(config["in_group"])
+    with noting(jobs[0].stage):
+        # The first stream starts its processes while this one imports the model libraries.
+        first = _Started(jobs[0], rank)
+        from kdscale.stages.loop import World
+        from kdscale.stages.run import Run
 
     world = World(rank=rank, size=size, device=device)
     for job in jobs:
         if job.recipe.run is not None and job.recipe.run.threads_per_worker is not None:
             torch.set_num_threads(job.recipe.run.threads_per_worker)
-        stream = first if first is not None and first.job is job else _Started(job, rank)
-        Run(job, world, report).train(stream.batches)
+        with noting(job.stage):
+            stream = first if first.job is job else _Started(job, rank)
+            Run(job, world, report).train(stream.batches)
+
+
+@contextmanager
+def noting(stage: StageStore) -> Generator[None]:
+    """Notes an error that another attempt would meet again.
+
+    It is raised all the same: other workers may wait for this one, and only Ray can end them.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause = final_cause(error)
+        if cause is not None:
+            stage.fail(_root_cause(cause), final=True)
+        raise
 
 
 def _place(in_group: bool) -> tuple[int, int, torch.device, Callable[[dict[str, float]], None]]:
@@ -181,9 +282,9 @@ def _single(device: Any) -> torch.device:
     return device[0] if isinstance(device, list) else device
 
 
-def _root_cause(error: BaseException) -> str:
+def _root_cause(error: BaseException | None) -> str:
     """Returns the innermost message, which is the one a person can act on."""
-    while error.__cause__ is not None:
+    while error is not None and not isinstance(error, FINAL_ERRORS) and error.__cause__ is not None:
         error = error.__cause__
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[-1] if text else ''}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -83,20 +83,44 @@ class Sweep:
     baseline: dict[str, Any] | None = None
     scale: str | Scale = "paper"
 
-    def trials(self) -> list[Trial]:
-        """Returns every trial, seed by seed, in the order of the recipes and options."""
+    def trials(self, overrides: Mapping[str, Any] | None = None) -> list[Trial]:
+        """Returns every trial, seed by seed, in the order of the recipes and options.
+
+        Args:
+            overrides: Recipe fields set last; names and choices of the trials tell of them.
+
+        Raises:
+            ConfigError: If the sweep varies such a field or tells its baseline by it.
+        """
         recipes = [
             recipe.replace(seed=seed)
             for seed in self.seeds
             for template in self.stages
             for recipe in expand(template)
         ]
+        # Single fields of `run` are set when the scale is known; they change no name.
+        changes = {name: value for name, value in (overrides or {}).items() if name != "run"}
+        self._check_free(changes, recipes)
+        recipes = [recipe.replace(**changes) for recipe in recipes]
         varied = {
             name
             for name in Distill.model_fields
             if len({label(getattr(recipe, name)) for recipe in recipes}) > 1
         } | {"student", "teacher", "loss"}
         return [_trial(recipe, varied) for recipe in recipes]
+
+    def _check_free(self, changes: Mapping[str, Any], recipes: Sequence[Distill]) -> None:
+        """Refuses changes that would make trials of one sweep alike, or a control no control."""
+        for name in changes:
+            values = [getattr(recipe, name, None) for recipe in recipes]
+            # How a stage is run distinguishes no trials.
+            varied = name != "run" and any(value != values[0] for value in values)
+            if varied or name in (self.baseline or {}):
+                raise ConfigError(
+                    f"{name!r} cannot be set from outside: the sweep {self.name!r} "
+                    f"{'varies it' if varied else 'tells its baseline by it'}; "
+                    "edit the sweep file, or choose another field"
+                )
 
     def main(self) -> None:
         """Runs the sweep as a program: `python FILE [options]` is `kdscale run FILE [options]`."""

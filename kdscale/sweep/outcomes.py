@@ -21,7 +21,7 @@ from kdscale.analysis.stats import (
     paired_difference,
     wilson_interval,
 )
-from kdscale.core.config import ZeroShotSpec
+from kdscale.core.config import Distill, ZeroShotSpec
 from kdscale.core.journal import Line, read_steps
 from kdscale.core.storage import StageStore, Storage
 from kdscale.core.types import DataError, StorageError
@@ -213,7 +213,7 @@ def read_outcome(stage: Stage, storage: Storage) -> Outcome:
     journal = read_steps(store)
     if not store.is_done():
         return Outcome(stage=stage, done=False, journal=journal)
-    spec = stage.recipe.zero_shot
+    spec = stage.recipe.zero_shot if isinstance(stage.recipe, Distill) else None
     predictions, score, note = None, None, "the recipe names no benchmark"
     if isinstance(spec, ZeroShotSpec):
         try:

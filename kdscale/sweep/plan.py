@@ -5,21 +5,23 @@ A plan needs neither torch nor Ray; it reads manifests and the stage store.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kdscale.core.config import DataSpec, Distill, TowerSpec
+from kdscale.core.config import EMBED_STAGE, STAGE_WEIGHTS, DataSpec, Distill, Embed, TowerSpec
 from kdscale.core.keys import content_key
-from kdscale.core.scale import Scale, Sizes, resolve, teacher_of
+from kdscale.core.scale import Scale, Sizes, data_names, resolve, teacher_of
 from kdscale.core.storage import StageStore, Storage
-from kdscale.core.types import ConfigError, DataError, NoShards, unknown_name
-from kdscale.losses.recipes import LossFlags, active_terms, needs_teacher, weights_for
+from kdscale.core.types import DataError, NoShards, unknown_name
+from kdscale.losses.recipes import LossFlags
 from kdscale.stages.inputs import Source, find_source
+from kdscale.stages.jobs import embed_recipe, features_recipe
+from kdscale.sweep.check import check_cacheable, check_recipe
+from kdscale.sweep.cost import EFFECTIVE_TFLOPS, Work, bytes_out, flops, gpu_hours, saving
 from kdscale.sweep.grid import Sweep, Trial
 
-EFFECTIVE_TFLOPS = 400.0
-STAGE_WEIGHTS = "stage:"
 ROLES = ("student", "teacher", "data", "zero_shot")
 
 
@@ -30,25 +32,41 @@ class Stage:
     Attributes:
         name: For people.
         inputs: Keys of the stages it needs.
-        total_steps: Optimizer steps, None where the data are not at hand.
-        flops: Work, None where a tower's is not known.
+        num_samples: Samples of its data set, None where nothing is known of it.
+        total_steps: Optimizer steps, or shards of an embed stage; likewise.
+        flops: Work, None where a tower's or the data set's size is not known.
         bytes_out: Size of the output, estimated.
+        estimated: The data are not at hand: all this follows from the samples that the data
+            spec says there are.
     """
 
     kind: str
     key: str
     name: str
-    recipe: Distill
+    recipe: Distill | Embed
     inputs: tuple[str, ...]
+    num_samples: int | None
     total_steps: int | None
     flops: float | None
     bytes_out: float | None
     reused: bool
+    estimated: bool = False
 
     @property
     def gpu_hours(self) -> float | None:
         """Hours on an accelerator that sustains `EFFECTIVE_TFLOPS`."""
-        return None if self.flops is None else self.flops / (EFFECTIVE_TFLOPS * 1e12) / 3600
+        return None if self.flops is None else gpu_hours(self.flops)
+
+    @property
+    def training(self) -> Distill:
+        """The recipe of a stage that trains."""
+        assert isinstance(self.recipe, Distill)
+        return self.recipe
+
+    @property
+    def work(self) -> Work:
+        """The recipe beside its amount of data."""
+        return Work(recipe=self.recipe, num_samples=self.num_samples, total_steps=self.total_steps)
 
     def store(self, storage: Storage) -> StageStore:
         """The stage's directory."""
@@ -94,7 +112,7 @@ class Plan:
 
     def document(self) -> dict[str, Any]:
         """Returns the plan as JSON: trials, stages, cost."""
-        rest = self.remaining()
+        cache = saving(stage.work for stage in self.stages.values())
         return {
             "trials": [
                 {
@@ -105,30 +123,42 @@ class Plan:
                 }
                 for planned in self.trials
             ],
-            "stages": [
-                {
-                    "kind": stage.kind,
-                    "key": stage.key,
-                    "name": stage.name,
-                    "inputs": list(stage.inputs),
-                    "reused": stage.reused,
-                    "shared_by": self.shared_by(stage.key),
-                    "flops": stage.flops,
-                    "bytes_out": stage.bytes_out,
-                    "gpu_hours": stage.gpu_hours,
-                }
-                for stage in self.stages.values()
-            ],
-            "cost": {
-                "scale": self.scale.name,
-                "stages_total": len(self.stages),
-                "stages_to_run": len(rest),
-                "flops": _sum(stage.flops for stage in rest),
-                "gpu_hours": _sum(stage.gpu_hours for stage in rest),
-                "bytes_out": _sum(stage.bytes_out for stage in rest),
-                "effective_tflops": EFFECTIVE_TFLOPS,
-                "missing": self.missing,
-            },
+            "stages": [self._stage_document(stage) for stage in self.stages.values()],
+            "cost": self._cost(),
+            "teacher_cache": cache
+            and cache.document()
+            | {"estimated": any(stage.estimated for stage in self.stages.values())},
+        }
+
+    def _stage_document(self, stage: Stage) -> dict[str, Any]:
+        """Returns a stage as JSON."""
+        return {
+            "kind": stage.kind,
+            "key": stage.key,
+            "name": stage.name,
+            "inputs": list(stage.inputs),
+            "reused": stage.reused,
+            "shared_by": self.shared_by(stage.key),
+            "total_steps": stage.total_steps,
+            "flops": stage.flops,
+            "bytes_out": stage.bytes_out,
+            "gpu_hours": stage.gpu_hours,
+            "estimated": stage.estimated,
+        }
+
+    def _cost(self) -> dict[str, Any]:
+        """Returns what is left to run costs as JSON; None stands for a total that is not known."""
+        rest = self.remaining()
+        return {
+            "scale": self.scale.name,
+            "stages_total": len(self.stages),
+            "stages_to_run": len(rest),
+            "flops": _sum(stage.flops for stage in rest),
+            "gpu_hours": _sum(stage.gpu_hours for stage in rest),
+            "bytes_out": _sum(stage.bytes_out for stage in rest),
+            "estimated": any(stage.estimated for stage in rest),
+            "effective_tflops": EFFECTIVE_TFLOPS,
+            "missing": self.missing,
         }
 
 
@@ -143,18 +173,23 @@ class Planner:
 
     def __init__(self, storage: Storage, scale: Scale, overrides: Mapping[str, Any]) -> None:
         self.plan = Plan(scale=scale, storage=storage)
-        self._roles = {name: value for name, value in overrides.items() if name in ROLES}
-        self._overrides = {name: value for name, value in overrides.items() if name not in ROLES}
+        self._overrides = dict(overrides)
         self._sources: dict[tuple[str, bool], Source | None] = {}
         self._names: set[str] = set()
 
     def add(self, sweep: Sweep) -> None:
-        """Adds a sweep's trials and the stages that are not in the plan yet."""
-        for trial in sweep.trials():
+        """Adds a sweep's trials and the stages that are not in the plan yet.
+
+        Raises:
+            ConfigError: If an override sets what the sweep varies, or a recipe cannot run.
+        """
+        for trial in sweep.trials(self._overrides):
             path: list[str] = []
-            named = trial.recipe.replace(**self._roles)
-            recipe = resolve(named, self.plan.scale, self._overrides)
-            recipe = recipe.replace(teacher=self._teacher(named, path))
+            # Set in the trial already, before a scale shrank the sizes; roles are specs by now.
+            again = {k: v for k, v in self._overrides.items() if k not in ROLES}
+            recipe = resolve(trial.recipe, self.plan.scale, again)
+            recipe = recipe.replace(teacher=self._teacher(trial.recipe, path))
+            recipe = self._cached(recipe, path)
             self._add_stage("distill", trial.name, recipe, path)
             self.plan.trials.append(PlannedTrial(sweep=sweep.name, trial=trial, path=tuple(path)))
 
@@ -177,35 +212,58 @@ class Planner:
         key = self._add_stage("teacher", tower.name, pretrain, path)
         return tower.replace(weights=f"{STAGE_WEIGHTS}teacher/{key}")
 
-    def _add_stage(self, kind: str, name: str, recipe: Distill, path: list[str]) -> str:
-        """Adds a stage unless the plan has it, and appends its key to the path."""
-        check_loss(recipe)
-        data = self._source(recipe.data)
-        sources = [data]
+    def _cached(self, recipe: Distill, path: list[str]) -> Distill:
+        """Adds the stages that fill a teacher cache, and names them in the recipe."""
+        if recipe.teacher_outputs != "cached" or recipe.teacher is None:
+            return recipe
+        check_cacheable(recipe)
+        teacher: Any = recipe.teacher
+        embed = embed_recipe(recipe)
+        key = self._add_stage("embed", f"{teacher.name} x {embed.views}", embed, path)
+        changes = {"teacher_outputs": EMBED_STAGE + key}
         if recipe.zero_shot is not None:
-            sources.append(self._source(recipe.zero_shot.data, labelled=True))  # pyright: ignore
-        manifests = {s.spec.urls: s.hash for s in sources if s is not None and s.spec.urls}
-        key = content_key(kind, recipe.version, recipe, manifests)
+            features = features_recipe(recipe)
+            key = self._add_stage("embed", f"{teacher.name} for CKA", features, path)
+            changes["eval_outputs"] = EMBED_STAGE + key
+        return recipe.replace(**changes)
+
+    def _add_stage(self, kind: str, name: str, recipe: Distill | Embed, path: list[str]) -> str:
+        """Adds a stage unless the plan has it, and appends its key to the path."""
+        if isinstance(recipe, Distill):
+            check_recipe(recipe)
+        data, *others = self._sources_of(recipe)
+        manifests = {s.spec.urls: s.hash for s in (data, *others) if s and s.spec.urls}
+        key = content_key(kind, recipe.version, recipe, manifests, _beside_recipe(recipe))
         if key not in self.plan.stages:
-            steps = None if data is None else total_steps(recipe, data.num_samples)
+            work = _amount(recipe, data)
             self.plan.stages[key] = Stage(
                 kind=kind,
                 key=key,
                 name=name,
                 recipe=recipe,
                 inputs=tuple(path),
-                total_steps=steps,
-                flops=flops(recipe, steps),
-                bytes_out=_bytes_out(recipe),
+                num_samples=work.num_samples,
+                total_steps=work.total_steps,
+                flops=flops(work),
+                bytes_out=bytes_out(work),
                 reused=StageStore(self.plan.storage, kind, key).is_done(),
+                estimated=data is None and work.num_samples is not None,
             )
         path.append(key)
         return key
 
+    def _sources_of(self, recipe: Distill | Embed) -> list[Source | None]:
+        """Finds a recipe's training data and, after them, its benchmark's."""
+        if isinstance(recipe, Embed):
+            return [self._source(recipe.data, labelled=recipe.views == 0)]
+        benchmark: Any = recipe.zero_shot
+        more = [] if benchmark is None else [self._source(benchmark.data, labelled=True)]
+        return [self._source(recipe.data), *more]
+
     def _source(self, spec: Any, *, labelled: bool = False) -> Source | None:
         """Finds a data set once; absent data are noted, not fatal: a plan may come first."""
         assert isinstance(spec, DataSpec)
-        self._names.add(spec.name)
+        self._names.update(data_names(spec, self.plan.scale))
         name = (spec.model_dump_json(), labelled)
         if name not in self._sources:
             try:
@@ -232,51 +290,38 @@ def total_steps(recipe: Distill, num_samples: int) -> int:
     return steps if recipe.max_steps is None else min(steps, recipe.max_steps)
 
 
-def check_loss(recipe: Distill) -> None:
-    """Validates a recipe's loss against its mode and teacher.
+def _amount(recipe: Distill | Embed, data: Source | None) -> Work:
+    """Returns a recipe beside its amount of data: counted, or what the data spec says."""
+    if data is not None:
+        return Work(recipe=recipe, num_samples=data.num_samples, total_steps=_units(recipe, data))
+    assert isinstance(recipe.data, DataSpec)
+    said = recipe.data.num_samples
+    steps = total_steps(recipe, said) if said and isinstance(recipe, Distill) else None
+    return Work(recipe=recipe, num_samples=said, total_steps=steps)
 
-    Raises:
-        ConfigError: If the loss is unknown or needs a teacher that is not there.
-    """
+
+def _units(recipe: Distill | Embed, data: Source) -> int:
+    """Returns a stage's optimizer steps, or the shards that it embeds."""
+    if isinstance(recipe, Distill):
+        return total_steps(recipe, data.num_samples)
+    share = min(1.0, (recipe.max_samples or data.num_samples) / data.num_samples)
+    return math.ceil(share * data.num_shards)
+
+
+def _beside_recipe(recipe: Distill | Embed) -> dict[str, Any]:
+    """Returns what decides a stage's numbers though its execution otherwise does not."""
+    if not isinstance(recipe, Distill) or recipe.run is None:
+        return {}
     flags = LossFlags.for_mode(recipe.mode, **recipe.flags)
-    if callable(recipe.loss):
-        return
-    weights = weights_for(recipe.loss, flags)
-    if recipe.teacher is None and needs_teacher(active_terms(weights)):
-        raise ConfigError(f"the loss {recipe.loss} compares with a teacher and none is given")
+    if flags.detached_gather or flags.unsynced_heads:
+        return {"world_size": recipe.run.world_size}
+    return {}
 
 
-def flops(recipe: Distill, steps: int | None) -> float | None:
-    """Returns a stage's floating-point operations: student three times forward, teacher once."""
-    student, teacher = recipe.student, recipe.teacher
-    assert isinstance(student, TowerSpec)
-    own = _forward_gflop(student)
-    frozen = _forward_gflop(teacher) if isinstance(teacher, TowerSpec) else 0.0
-    if own is None or frozen is None or steps is None:
-        return None
-    return (3 * own + frozen) * 1e9 * steps * recipe.global_batch_size
-
-
-def _forward_gflop(tower: TowerSpec) -> float | None:
-    """Returns a pair's forward work per sample."""
-    facts = tower.facts
-    if facts.image_gflop is None or facts.text_gflop is None:
-        return None
-    return facts.image_gflop + facts.text_gflop
-
-
-def _bytes_out(recipe: Distill) -> float | None:
-    """Returns the size of the saved student in float32."""
-    assert isinstance(recipe.student, TowerSpec)
-    facts = recipe.student.facts
-    if facts.image_mparams is None or facts.text_mparams is None:
-        return None
-    return 4e6 * (facts.image_mparams + facts.text_mparams)
-
-
-def _sum(values: Any) -> float:
-    """Adds what is known."""
-    return float(sum(value for value in values if value is not None))
+def _sum(values: Iterable[float | None]) -> float | None:
+    """Adds numbers; None where one is not known."""
+    known = list(values)
+    return None if None in known else float(sum(value or 0.0 for value in known))
 
 
 def make_plan(

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from contextlib import suppress
+from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
-from kdscale.core.config import TowerSpec
-from kdscale.core.journal import Line, read_steps
-from kdscale.core.storage import Storage
+from kdscale.core.config import Distill
+from kdscale.core.journal import JournalReader, Line, read_steps
+from kdscale.core.storage import Lease, Storage
+from kdscale.core.types import StorageError
 from kdscale.sweep.grid import label
 from kdscale.sweep.plan import Plan, Stage
 
@@ -45,8 +50,58 @@ class Progress:
         self.say(f"[cyan]{stage.kind}[/] {stage.name}: {describe_line(line, stage.total_steps)}")
 
 
+class Follower:
+    """Shows what the stages' journals say from a thread, whatever happens to MLflow.
+
+    Args:
+        plan: What is run; only stages that are left to run are followed.
+        progress: Where to show it.
+        every_s: Seconds between two looks.
+    """
+
+    def __init__(self, plan: Plan, progress: Progress, every_s: float = 2.0) -> None:
+        self._plan, self._progress, self._every_s = plan, progress, every_s
+        self._readers: dict[str, JournalReader] = {}
+        self._failures: dict[str, Any] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, daemon=True, name="progress")
+
+    def __enter__(self) -> Follower:
+        for stage in self._plan.remaining():
+            store = stage.store(self._plan.storage)
+            self._readers[stage.key] = reader = JournalReader(store)
+            with suppress(OSError, StorageError):  # an earlier run has shown these
+                reader.new_lines()
+                self._failures[stage.key] = store.failure()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def look(self) -> None:
+        """Shows new lines and new failures; a storage fault is left to the next look."""
+        for stage in self._plan.remaining():
+            with suppress(OSError, StorageError):
+                for line in self._readers[stage.key].new_lines():
+                    self._progress.line(stage, line)
+                failure = stage.store(self._plan.storage).failure()
+                if failure and failure != self._failures.get(stage.key):
+                    text = escape(f"{stage.name}: {failure['message']}")
+                    self._progress.say(f"[red]{stage.kind} failed[/] {text}")
+                self._failures[stage.key] = failure
+
+    def _loop(self) -> None:
+        while not self._stop.wait(self._every_s):
+            self.look()
+        self.look()
+
+
 def describe_line(line: Line, total_steps: int | None) -> str:
     """Puts a journal line in words."""
+    if "shards" in line:
+        return f"shard {line['step']}/{line['shards']}  {line['samples_per_s']:,.0f} samples/s"
     parts = [f"step {line['step']}/{total_steps or '?'}", f"loss {line['total']:.3f}"]
     if "zero_shot_top1" in line:
         parts.append(f"top-1 {line['zero_shot_top1']:.1f} %")
@@ -58,15 +113,19 @@ def describe_line(line: Line, total_steps: int | None) -> str:
 
 
 def stage_state(stage: Stage, storage: Storage) -> tuple[str, str]:
-    """Returns a stage's state (done, running, interrupted, waiting) and how far it is."""
+    """Returns a stage's state (done, running, failed, interrupted, waiting) and how far it is."""
     store = stage.store(storage)
     if store.is_done():
         return "done", ""
     lines = read_steps(store)
     detail = describe_line(lines[-1], stage.total_steps) if lines else ""
-    if storage.exists(*store.parts, "LEASE"):
+    if Lease.seems_held(store):
         return "running", detail
-    return ("interrupted", detail) if lines else ("waiting", "")
+    failure = store.failure()
+    if failure is not None:
+        return "failed", failure["message"]
+    was_begun = lines or storage.exists(*store.parts, "LEASE")
+    return ("interrupted", detail) if was_begun else ("waiting", "")
 
 
 def print_status(plan: Plan, console: Console) -> None:
@@ -88,33 +147,62 @@ def print_plan(plan: Plan, console: Console) -> None:
         parent = branches[stage.inputs[-1] if stage.inputs else ""]
         branches[stage.key] = parent.add(_stage_label(plan, stage))
     console.print(tree)
-    cost = plan.document()["cost"]
-    console.print(
-        f"to run: {cost['stages_to_run']} of {cost['stages_total']} stages, "
-        f"{cost['flops'] / 1e15:,.3g} PFLOP, {cost['gpu_hours']:,.3g} GPU-hours at "
-        f"{cost['effective_tflops']:g} TFLOP/s, {cost['bytes_out'] / 1e6:,.3g} MB of models"
-    )
+    console.print(_cost_line(plan.document()["cost"]))
+    _print_saving(plan, console)
     for text in sorted(set(plan.missing)):
         console.print(f"[yellow]missing:[/] {text}")
+
+
+def _cost_line(cost: dict[str, Any]) -> str:
+    """Says what is left to run costs, as far as that is known."""
+    work, size = "work unknown", "size of the models unknown"
+    if cost["flops"] is not None:
+        work = f"{cost['flops'] / 1e15:,.3g} PFLOP, {cost['gpu_hours']:,.3g} GPU-hours at "
+        work += f"{cost['effective_tflops']:g} TFLOP/s"
+    if cost["bytes_out"] is not None:
+        size = f"{cost['bytes_out'] / 1e6:,.3g} MB of models"
+    note = _estimated(cost)
+    return f"to run: {cost['stages_to_run']} of {cost['stages_total']} stages, {work}, {size}{note}"
+
+
+def _estimated(document: dict[str, Any]) -> str:
+    """Says where numbers do not rest on a manifest."""
+    return " [yellow](estimated: data not at hand)[/]" if document["estimated"] else ""
+
+
+def _print_saving(plan: Plan, console: Console) -> None:
+    """Prints what the distillations cost with the teachers online and from caches."""
+    found = plan.document()["teacher_cache"]
+    if found is None:
+        return
+    online, cached = found["online_gpu_hours"], found["cached_gpu_hours"]
+    views = " or ".join(map(str, found["views"]))
+    console.print(
+        f"teachers online {online:,.3g} GPU-hours, cached {cached:,.3g} ({online / cached:.1f} "
+        f"times less) with {views} views in {found['bytes_stored'] / 1e9:,.3g} GB "
+        f"[dim](teacher_outputs=cached)[/]{_estimated(found)}"
+    )
 
 
 def teacher_table(plan: Plan) -> Table:
     """Returns what distinguishes the teachers that this plan trains itself."""
     table = Table("teacher", "width", "patch", "pixels", "tokenizer", "loss", "data noise")
     for stage in plan.stages.values():
-        tower = stage.recipe.student
-        if stage.kind != "teacher" or not isinstance(tower, TowerSpec):
+        recipe = stage.recipe
+        if stage.kind != "teacher" or not isinstance(recipe, Distill):
             continue
-        mini = getattr(stage.recipe.data, "mini", None)
+        tower: Any = recipe.student
+        mini = getattr(recipe.data, "mini", None)
         cells = [tower.name, tower.width, tower.patch_px, tower.image_px, tower.tokenizer]
-        cells += [label(stage.recipe.loss)]
+        cells += [label(recipe.loss)]
         table.add_row(*map(str, cells), "" if mini is None else f"{mini.caption_noise:.0%}")
     return table
 
 
 def _stage_label(plan: Plan, stage: Stage) -> str:
     """Describes a stage in one line."""
-    state = "[green]finished[/]" if stage.reused else f"{stage.total_steps or '?'} steps"
+    steps = f"{'about ' if stage.estimated else ''}{stage.total_steps or 'unknown'} steps"
+    state = "[green]finished[/]" if stage.reused else steps
     shared = plan.shared_by(stage.key)
     note = f", shared by {shared} trials" if shared > 1 else ""
     return f"[cyan]{stage.kind}[/] {stage.name}  [dim]{stage.key}[/]  {state}{note}"

@@ -330,7 +330,7 @@ def _teacher_row(
     loss = None
     if tower.weights.startswith(STAGE_WEIGHTS):
         outcome = outcomes[tower.weights.rpartition("/")[2]]
-        common, loss = _common(outcome, [outcome.note]), str(label(outcome.stage.recipe.loss))
+        common, loss = _common(outcome, [outcome.note]), str(label(outcome.stage.training.loss))
     return TeacherRow(
         **common,
         name=tower.name,

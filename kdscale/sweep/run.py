@@ -7,14 +7,15 @@ import tempfile
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.text import Text
 
 from kdscale.core.types import NoShards
 from kdscale.sweep.grid import Sweep
 from kdscale.sweep.plan import Plan
-from kdscale.sweep.progress import Progress, print_plan
+from kdscale.sweep.progress import Follower, Progress, print_plan
 from kdscale.sweep.render import print_report, write_html
 from kdscale.sweep.report import build_report
-from kdscale.sweep.tracking import Mirror, Tracker, default_tracking_uri
+from kdscale.sweep.tracking import Mirror, Tracker, default_tracking_uri, viewing
 
 
 def execute(
@@ -52,10 +53,10 @@ def execute(
     def connect() -> list[Tracker]:
         return [Tracker(uri, sweep.name, plan) for sweep in sweeps]
 
-    with Mirror(connect, progress.line) as mirror:
+    with Follower(plan, progress), Mirror(connect) as mirror:
         failures = run_plan(plan)
     _publish(plan, sweeps, mirror, console, command)
-    console.print(f"[bold]look[/]   mlflow ui --backend-store-uri {uri}")
+    _print_place(console, "look", viewing(uri))
     raise_failures(failures)
 
 
@@ -72,5 +73,10 @@ def _publish(
             name = ("reports", sweep.name, "report.html")
             with open(path, "rb") as file:
                 plan.storage.write(file.read(), *name)
-            console.print(f"[bold]report[/] {plan.storage.url(*name)}")
+            _print_place(console, "report", plan.storage.url(*name))
             mirror.publish(sweep.name, {"report": path})
+
+
+def _print_place(console: Console, name: str, place: str) -> None:
+    """Prints a path or command to be copied: neither wrapped nor read as markup."""
+    console.print(Text.assemble((f"{name:6}", "bold"), f" {place}"), soft_wrap=True, markup=False)

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import groupby
 from typing import Any
 
 import ray
@@ -25,18 +26,21 @@ import ray.cloudpickle
 import ray.tune
 
 import kdscale
-from kdscale.core.config import Execution, TowerSpec
+from kdscale.core.config import Distill, Embed, Execution, TowerSpec
 from kdscale.core.keys import describe
 from kdscale.core.storage import Lease, Storage
-from kdscale.core.types import ImpossibleResources, StageFailed
+from kdscale.core.types import ImpossibleResources, StageFailed, StageRefused
+from kdscale.data.shards import Manifest, check_labels
 from kdscale.stages.inputs import find_source
-from kdscale.stages.jobs import DistillJob
+from kdscale.stages.jobs import DistillJob, EmbedJob
 from kdscale.sweep.grid import Sweep
+from kdscale.sweep.outcomes import num_classes
 from kdscale.sweep.plan import Plan, PlannedTrial, Stage, total_steps
 
 WAIT_FOR_WRITER_S = 1.0
 START_ATTEMPTS = 3
 TRIAL_RETRIES = 1  # for a killed trial process; failed workers are Ray Train's to restart
+REFUSED = "refused"
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -44,6 +48,13 @@ QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+
+# Starting a process and importing Ray Data takes seconds of CPU: do it early, and keep it.
+LOCAL_SYSTEM = {
+    "idle_worker_killing_time_threshold_ms": 600_000,
+    "preload_python_modules": ["kdscale.data.blocks", "ray.data"],
 }
 
 
@@ -65,10 +76,14 @@ def start_ray() -> None:
     address = os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     if address is None:
+        # Workers inherit the environment; a runtime environment would cost each a second start.
         options |= {"address": "local", "include_dashboard": False, "num_cpus": local_cpus()}
+        options["_system_config"] = LOCAL_SYSTEM
+    else:
+        options["runtime_env"] = {"env_vars": QUIET}
     for attempt in range(START_ATTEMPTS):
         try:
-            ray.init(runtime_env={"env_vars": QUIET}, **options)
+            ray.init(**options)
             return
         except Exception as error:  # a busy machine misses Ray's own fixed start-up limits
             ray.shutdown()
@@ -78,7 +93,7 @@ def start_ray() -> None:
 
 def ship_own_losses(plan: Plan) -> None:
     """Sends losses that a sweep file defines with the job: no worker could import them."""
-    losses = [stage.recipe.loss for stage in plan.stages.values()]
+    losses = [getattr(stage.recipe, "loss", None) for stage in plan.stages.values()]
     for name in {loss.__module__ for loss in losses if callable(loss)}:
         module = sys.modules[name]
         if isinstance(getattr(module, "sweep", None), Sweep):
@@ -114,8 +129,17 @@ def trial_resources(stages: Sequence[Stage]) -> dict[str, float]:
     return resources | ({"GPU": gpus} if gpus else {})
 
 
-def concurrent_trials(stages: Sequence[Stage], available: Mapping[str, float]) -> int:
+def concurrent_trials(
+    stages: Sequence[Stage],
+    available: Mapping[str, float],
+    nodes: Sequence[Mapping[str, float]] = (),
+) -> int:
     """Returns how many stages fit on the cluster at once.
+
+    Args:
+        stages: What is left to run.
+        available: Resources of the whole cluster.
+        nodes: Resources of each node; none where they are not known.
 
     Raises:
         ImpossibleResources: If one stage alone does not fit, naming the resource that lacks.
@@ -132,7 +156,35 @@ def concurrent_trials(stages: Sequence[Stage], available: Mapping[str, float]) -
                     "(--set run.num_workers=1), or bring nodes"
                 )
             fits.append(int(have // amount))
+        check_tasks(stage, nodes)
     return max(1, min(fits, default=1))
+
+
+def check_tasks(stage: Stage, nodes: Sequence[Mapping[str, float]]) -> None:
+    """Refuses workers and data tasks that fit on no node; Ray would wait for ever.
+
+    Raises:
+        ImpossibleResources: Naming the task, the resource and the largest node.
+    """
+    run, who = stage.recipe.run, f"{stage.kind} {stage.name!r}"
+    assert run is not None
+    if run.cpus_per_data_task > run.data_cpus:
+        raise ImpossibleResources(
+            f"a data task of {who} needs {run.cpus_per_data_task:g} CPU, all of them together may "
+            f"use {run.data_cpus:g}; lower run.cpus_per_data_task or raise run.data_cpus"
+        )
+    for what, field, resource in (
+        ("worker", "cpus_per_worker", "CPU"),
+        ("worker", "gpus_per_worker", "GPU"),
+        ("data task", "cpus_per_data_task", "CPU"),
+    ):
+        amount = getattr(run, field)
+        largest = max((node.get(resource, 0.0) for node in nodes), default=amount)
+        if amount > largest:
+            raise ImpossibleResources(
+                f"a {what} of {who} needs {amount:g} {resource}, the largest node has "
+                f"{largest:g}; lower run.{field}, or bring a larger node"
+            )
 
 
 def run_plan(plan: Plan) -> list[TrialFailure]:
@@ -149,7 +201,8 @@ def run_plan(plan: Plan) -> list[TrialFailure]:
         return []
     ship_own_losses(plan)
     start_ray()
-    concurrency = concurrent_trials(plan.remaining(), ray.cluster_resources())
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    concurrency = concurrent_trials(plan.remaining(), ray.cluster_resources(), nodes)
     trainable = ray.tune.with_resources(
         ray.tune.with_parameters(_run_trial, plan=plan), trial_resources(plan.remaining())
     )
@@ -191,12 +244,15 @@ def waiting_trials(plan: Plan) -> list[PlannedTrial]:
 
 
 def _failures(trials: Sequence[PlannedTrial], results: Any) -> list[TrialFailure]:
-    """Collects the errors of trials."""
-    return [
-        TrialFailure(trials[result.config["trial"]], _last_line(result.error))
-        for result in results
-        if result.error is not None
-    ]
+    """Collects the errors of trials, those that Tune has seen and those kept from it."""
+    found: list[TrialFailure] = []
+    for result in results:
+        message: str | None = (result.metrics or {}).get(REFUSED)
+        if result.error is not None:
+            message = _last_line(result.error)
+        if message is not None:
+            found.append(TrialFailure(trials[result.config["trial"]], message))
+    return found
 
 
 def _last_line(error: BaseException) -> str:
@@ -208,7 +264,10 @@ def _last_line(error: BaseException) -> str:
 def _run_trial(config: dict[str, Any], plan: Plan) -> dict[str, Any]:
     """Walks a trial's path; runs on a Tune actor that takes no resources itself."""
     trial = waiting_trials(plan)[config["trial"]]
-    run_stages([plan.stages[key] for key in trial.path], plan.storage)
+    try:
+        run_stages([plan.stages[key] for key in trial.path], plan.storage)
+    except StageRefused as error:
+        return {"key": trial.key, REFUSED: str(error)}  # Tune would try again
     return {"key": trial.key}
 
 
@@ -216,46 +275,45 @@ def run_stages(path: Sequence[Stage], storage: Storage) -> None:
     """Runs what is unfinished of a path, in one group of workers; waits for other writers.
 
     Raises:
-        StageFailed: If the workers failed.
+        StageFailed: If the workers failed; StageRefused where they would fail again.
     """
-    from kdscale.stages.worker import fit
-
     while True:
         pending = [stage for stage in path if not stage.store(storage).is_done()]
         if not pending:
             return
         with ExitStack() as leases:
-            held = [Lease.acquire(stage.store(storage)) for stage in pending]
-            for lease in held:
-                if lease is not None:
-                    leases.enter_context(lease)
-            if all(held):
-                fit([_job(stage, storage) for stage in pending])
+            tokens: list[str] = []
+            for stage in pending:
+                lease = Lease.acquire(stage.store(storage))
+                if lease is None:
+                    break
+                tokens.append(leases.enter_context(lease).token)  # it beats from here on
+            else:
+                _run_in_turn(pending, tokens, storage)
                 continue
         time.sleep(WAIT_FOR_WRITER_S)
 
 
-def _job(stage: Stage, storage: Storage) -> DistillJob:
+def _run_in_turn(stages: Sequence[Stage], tokens: Sequence[str], storage: Storage) -> None:
+    """Runs stages one after the other; neighbours that train share a group of workers."""
+    from kdscale.stages.worker import embed, fit
+
+    pairs = list(zip(stages, tokens, strict=True))
+    for embeds, group in groupby(pairs, lambda pair: isinstance(pair[0].recipe, Embed)):
+        if embeds:
+            for stage, token in group:
+                embed(_embed_job(stage, token, storage))
+        else:
+            fit([_job(stage, token, storage) for stage, token in group])
+
+
+def _job(stage: Stage, token: str, storage: Storage) -> DistillJob:
     """Returns what the workers are told."""
-    recipe = stage.recipe
-    data = find_source(recipe.data, storage).manifest()  # pyright: ignore[reportArgumentType]
-    zero_shot: Any = recipe.zero_shot
+    recipe: Any = stage.recipe
+    data = find_source(recipe.data, storage).manifest()
+    zero_shot = recipe.zero_shot
     benchmark = zero_shot and find_source(zero_shot.data, storage, labelled=True).manifest()
     steps = total_steps(recipe, data.num_samples)
-    record = {
-        "kind": stage.kind,
-        "key": stage.key,
-        "name": stage.name,
-        "inputs": list(stage.inputs),
-        "recipe": describe(recipe, {}),
-        "teacher": recipe.teacher.name if isinstance(recipe.teacher, TowerSpec) else None,
-        "total_steps": steps,
-        "manifest": data.hash,
-        "quarantined": data.causes(),
-        "versions": {name: version(name) for name in ("torch", "ray", "open_clip_torch", "timm")}
-        | {"kdscale": kdscale.__version__},
-        "git": git_revision(),
-    }
     return DistillJob(
         kind=stage.kind,
         key=stage.key,
@@ -264,8 +322,34 @@ def _job(stage: Stage, storage: Storage) -> DistillJob:
         total_steps=steps,
         data=data,
         zero_shot_data=benchmark,
-        record=record,
+        record=_record(stage, data) | {"total_steps": steps},
+        lease=token,
     )
+
+
+def _embed_job(stage: Stage, token: str, storage: Storage) -> EmbedJob:
+    """Returns what the embedders are told."""
+    recipe: Any = stage.recipe
+    data = find_source(recipe.data, storage, labelled=recipe.views == 0).manifest()
+    return EmbedJob(stage.key, storage.root, recipe, data, _record(stage, data), token)
+
+
+def _record(stage: Stage, data: Manifest) -> dict[str, Any]:
+    """Returns what `stage.json` says of a stage before it runs."""
+    teacher = stage.recipe.teacher
+    return {
+        "kind": stage.kind,
+        "key": stage.key,
+        "name": stage.name,
+        "inputs": list(stage.inputs),
+        "recipe": describe(stage.recipe, {}),
+        "teacher": teacher.name if isinstance(teacher, TowerSpec) else None,
+        "manifest": data.hash,
+        "quarantined": data.causes(),
+        "versions": {name: version(name) for name in ("torch", "ray", "open_clip_torch", "timm")}
+        | {"kdscale": kdscale.__version__},
+        "git": git_revision(),
+    }
 
 
 def git_revision() -> str | None:
@@ -285,11 +369,16 @@ def prepare(plan: Plan, progress: Any) -> None:
         StageFailed: Never; kept apart from trials so that data errors name the data.
     """
     for stage in plan.remaining():
-        find_source(stage.recipe.data, plan.storage, progress=progress).manifest(progress)  # pyright: ignore
-        zero_shot: Any = stage.recipe.zero_shot
-        if zero_shot is not None:
-            source = find_source(zero_shot.data, plan.storage, labelled=True, progress=progress)
-            source.manifest(progress)
+        recipe: Any = stage.recipe
+        wanted = [(recipe.data, isinstance(recipe, Embed) and recipe.views == 0)]
+        if isinstance(recipe, Distill) and recipe.zero_shot is not None:
+            wanted.append((recipe.zero_shot.data, True))  # pyright: ignore[reportAttributeAccessIssue]
+        for spec, labelled in wanted:
+            source = find_source(spec, plan.storage, labelled=labelled, progress=progress)
+            manifest = source.manifest(progress)
+            if labelled and isinstance(recipe, Distill):
+                benchmark: Any = recipe.zero_shot
+                check_labels(manifest, num_classes(benchmark), benchmark.name)
 
 
 def raise_failures(failures: Sequence[TrialFailure]) -> None:

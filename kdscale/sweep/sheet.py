@@ -71,7 +71,7 @@ def sheet_figure(report: Report, sweep: str, storage: Storage) -> Figure | None:
         return None
     answers = [_predictions(report, row) for row in rows]
     outcome = report.outcomes[str(rows[0].key)]
-    spec = cast(ZeroShotSpec, outcome.stage.recipe.zero_shot)
+    spec = cast(ZeroShotSpec, outcome.stage.training.zero_shot)
     manifest = find_source(spec.data, storage, labelled=True).manifest()
     names = class_names(spec)
     samples = [

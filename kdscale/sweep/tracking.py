@@ -2,8 +2,9 @@
 
 The journal in the stage's directory is the truth; MLflow is a view of it. A run is looked up by
 its key before it is created, and a step is sent only if the run does not have it, so killed and
-restarted sweeps leave neither duplicates nor gaps. While the server is away nothing is lost:
-the next synchronisation sends what is missing.
+restarted sweeps leave neither duplicates nor gaps. A metric's time is that of its journal line:
+sent twice, by two drivers or after a time-out, it is the same metric. While the server is away
+nothing is lost: the next synchronisation sends what is missing.
 """
 
 # pyright: basic
@@ -13,17 +14,22 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
+import shlex
+import shutil
+import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
+from kdscale.core.config import Distill
 from kdscale.core.journal import JournalReader, Line
 from kdscale.core.storage import Storage
+from kdscale.core.types import StorageError
 from kdscale.sweep.plan import Plan, Stage
 
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -33,16 +39,37 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 logger = logging.getLogger(__name__)
 KEY_TAG = "kdscale.key"
 SWEEP_TAG = "kdscale.sweep"
-NOT_METRICS = {"step", "epoch", "ids", "attempt"}
+NOT_METRICS = {"step", "epoch", "ids", "attempt", "shards", "time"}
 SMALL_MODEL_BYTES = 64 * 2**20
-MAX_METRICS_PER_CALL = 900
+MAX_METRICS_PER_CALL = 1000  # the server's limit
 
 
 def default_tracking_uri(storage: Storage) -> str:
-    """Returns a SQLite file in a local storage root, or in the working directory."""
+    """Returns a SQLite file in a local storage root, or in the working directory.
+
+    Raises:
+        StorageError: The root cannot be made.
+    """
     root = storage.root if storage.is_local else os.getcwd()
-    os.makedirs(root, exist_ok=True)
+    try:
+        os.makedirs(root, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot make {root}: {error}; choose another --storage") from error
     return f"sqlite:///{root}/mlflow.db"
+
+
+def redacted(text: str) -> str:
+    """Hides user names and passwords in URLs, for what is printed or kept."""
+    return re.sub(r"://[^/\s]*@", "://***@", text)
+
+
+def viewing(uri: str) -> str:
+    """Returns what to open, or the command to type, to look at what is tracked."""
+    if uri.startswith(("http://", "https://")):
+        return redacted(uri)
+    beside = Path(sys.executable).with_name("mlflow")
+    program = "mlflow" if shutil.which("mlflow") or not beside.exists() else str(beside)
+    return shlex.join([program, "ui", "--backend-store-uri", redacted(uri)])
 
 
 class Tracker:
@@ -69,28 +96,18 @@ class Tracker:
         """The sweep's own run."""
         return self._parent
 
-    def sync(self) -> list[tuple[Stage, Line]]:
-        """Sends what the journals hold and MLflow lacks.
-
-        Returns:
-            New journal lines with their stages, for whoever shows progress.
-        """
-        fresh: list[tuple[Stage, Line]] = []
-        for stage in self._plan.stages.values():
-            if not any(
-                stage.key in trial.path and trial.sweep == self.sweep for trial in self._plan.trials
-            ):
-                continue
+    def sync(self) -> None:
+        """Sends what the journals hold and MLflow lacks."""
+        for stage in self._own_stages():
             run = self._stages.get(stage.key)
             if run is None:
                 if not stage.store(self._plan.storage).has_started():
                     continue
                 run = self._stages[stage.key] = self._open(stage)
-            fresh += [(stage, line) for line in run.send()]
-        return fresh
+            run.send()
 
     def close(self, files: Mapping[str, str] | None = None) -> None:
-        """Sends the rest, ends finished runs and attaches the report.
+        """Sends the rest, ends all runs and attaches the report; nothing may run any more.
 
         Args:
             files: {artifact name: local path} for the sweep's own run.
@@ -100,7 +117,13 @@ class Tracker:
             run.end()
         for path in (files or {}).values():
             self._client.log_artifact(self._parent, path, "report")
-        self._client.set_terminated(self._parent)
+        complete = all(s.store(self._plan.storage).is_done() for s in self._own_stages())
+        self._client.set_terminated(self._parent, "FINISHED" if complete else "FAILED")
+
+    def _own_stages(self) -> list[Stage]:
+        """Returns the stages of this sweep's trials."""
+        own = {key for t in self._plan.trials if t.sweep == self.sweep for key in t.path}
+        return [stage for stage in self._plan.stages.values() if stage.key in own]
 
     def _find_experiment(self, uri: str) -> str:
         name = f"kdscale/{self.sweep}"
@@ -129,9 +152,11 @@ class Tracker:
             "stage": stage.kind,
             "inputs": ",".join(stage.inputs),
             "scale": self._plan.scale.name,
-            "student": _name(recipe.student),
-            "teacher": _name(recipe.teacher),
-            "loss": _name(recipe.loss),
+            **{
+                field: _name(getattr(recipe, field))
+                for field in ("student", "teacher", "loss")
+                if hasattr(recipe, field)
+            },
             "storage": stage.store(self._plan.storage).url(),
         }
         run_id = self._find_or_create({KEY_TAG: stage.key}, f"{stage.kind}: {stage.name}", tags)
@@ -145,37 +170,37 @@ class _StageRun:
         self._client, self._run_id, self._stage = client, run_id, stage
         self._store = stage.store(storage)
         self._reader = JournalReader(self._store)
-        history = client.get_metric_history(run_id, "loss")
-        self._sent = {metric.step for metric in history}
+        self._marker = "loss" if isinstance(stage.recipe, Distill) else "samples_per_s"
         self._unsent: list[Line] = []
         self._log_params()
+        run = client.get_run(run_id)
+        if run.info.status == "FAILED" and not self._store.is_done():
+            client.update_run(run_id, "RUNNING")
 
-    def send(self) -> list[Line]:
+    def send(self) -> None:
         """Sends new lines, keeping them for the next time where the server refuses."""
-        fresh = self._reader.new_lines()
-        self._unsent += [line for line in fresh if self._wanted(line)]
-        while self._unsent:
-            line = self._unsent[0]
-            if line["step"] not in self._sent:
-                self._client.log_batch(self._run_id, metrics=_metrics(line))
-                self._sent.add(line["step"])
-            self._unsent.pop(0)
-        return fresh
+        self._unsent += self._reader.new_lines()
+        if not self._unsent:
+            return
+        history = self._client.get_metric_history(self._run_id, self._marker)
+        lines = unsent(self._unsent, {metric.step for metric in history})
+        for metrics in in_calls(lines):
+            self._client.log_batch(self._run_id, metrics=metrics)
+        self._unsent = []
 
     def end(self) -> None:
-        """Marks the run finished, once, with its outputs attached."""
+        """Marks the run finished, once, with its outputs attached; or failed."""
         if not self._store.is_done():
+            failure = self._store.failure()
+            if failure is not None:
+                self._client.set_tag(self._run_id, "mlflow.note.content", failure["message"])
+            self._client.set_terminated(self._run_id, "FAILED")
             return
         run = self._client.get_run(self._run_id)
         if run.info.status == "FINISHED":
             return
         self._log_outputs()
         self._client.set_terminated(self._run_id, "FINISHED")
-
-    def _wanted(self, line: Line) -> bool:
-        """Thins long runs: every `log_every`-th step, and every evaluation."""
-        every = self._stage.recipe.run.log_every if self._stage.recipe.run else 1
-        return line["step"] % every == 0 or "zero_shot_top1" in line
 
     def _log_params(self) -> None:
         from mlflow.entities import Param
@@ -204,17 +229,11 @@ class Mirror:
 
     Args:
         make_trackers: Connects; called again until it works.
-        on_line: Called with every new journal line.
         every_s: Seconds between synchronisations.
     """
 
-    def __init__(
-        self,
-        make_trackers: Callable[[], list[Tracker]],
-        on_line: Callable[[Stage, Line], None],
-        every_s: float = 2.0,
-    ) -> None:
-        self._make, self._on_line, self._every_s = make_trackers, on_line, every_s
+    def __init__(self, make_trackers: Callable[[], list[Tracker]], every_s: float = 2.0) -> None:
+        self._make, self._every_s = make_trackers, every_s
         self._trackers: list[Tracker] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, daemon=True, name="mlflow")
@@ -235,7 +254,8 @@ class Mirror:
                 if tracker.sweep == sweep:
                     tracker.close(files)
         except Exception as error:
-            logger.warning("MLflow is not reachable, the report stays in storage: %s", error)
+            reason = redacted(str(error))
+            logger.warning("MLflow is not reachable, the report stays in storage: %s", reason)
 
     def _connected(self) -> list[Tracker]:
         """Returns the trackers, connecting if that has not worked yet."""
@@ -251,12 +271,12 @@ class Mirror:
     def _sync(self) -> None:
         try:
             for tracker in self._connected():
-                for stage, line in tracker.sync():
-                    self._on_line(stage, line)
+                tracker.sync()
             self._warned = False
         except Exception as error:  # the server's faults must not stop training
             if not self._warned:
-                logger.warning("MLflow is not reachable, metrics wait in storage: %s", error)
+                reason = redacted(str(error))
+                logger.warning("MLflow is not reachable, metrics wait in storage: %s", reason)
             self._warned = True
 
 
@@ -272,14 +292,38 @@ def flatten(value: Any, prefix: str = "") -> dict[str, str]:
     return {prefix: (_name(value) if callable(value) else str(value))[:500]}
 
 
+def unsent(lines: Iterable[Line], known: Container[int]) -> list[Line]:
+    """Returns one line for each step that is not known yet, the first where it was repeated."""
+    first: dict[int, Line] = {}
+    for line in lines:
+        if line["step"] not in known:
+            first.setdefault(line["step"], line)
+    return list(first.values())
+
+
+def in_calls(lines: Iterable[Line]) -> Iterator[list[Any]]:
+    """Translates lines to metrics, as many a call as the server takes.
+
+    All of a step's metrics go in one call, so in one transaction.
+    """
+    call: list[Any] = []
+    for metrics in map(_metrics, lines):
+        if call and len(call) + len(metrics) > MAX_METRICS_PER_CALL:
+            yield call
+            call = []
+        call += metrics
+    if call:
+        yield call
+
+
 def _metrics(line: Line) -> list[Any]:
-    """Translates a journal line; all of a step's metrics go in one call, so in one transaction."""
+    """Translates a journal line; its own time makes a second sending the same metric."""
     from mlflow.entities import Metric
 
-    now = int(time.time() * 1000)
+    at = int(1000 * line.get("time", 0))
     names = {"total": "loss"}
     terms = {k: v for k, v in line.items() if k not in NOT_METRICS}
-    return [Metric(names.get(k, k), float(v), now, line["step"]) for k, v in terms.items()]
+    return [Metric(names.get(k, k), float(v), at, line["step"]) for k, v in terms.items()]
 
 
 def _name(value: Any) -> str:

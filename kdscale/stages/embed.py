@@ -1,0 +1,209 @@
+"""The embed stage: run a frozen teacher once over a data set and keep what it says.
+
+The unit of work is a shard: read it, render its crops in threads while the teacher computes,
+write its files, text last. A shard whose files are all there is never done again, so a killed
+run loses the shards in work and nothing else.
+Shape suffixes: B samples of a batch, V crops or captions per sample, D embedding, K trunk width.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import fsspec
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from kdscale.core.storage import Storage, check_lease
+from kdscale.core.types import ShardChanged
+from kdscale.data.raw import RawSample
+from kdscale.data.samples import BadImage, crop_box, decode, resize
+from kdscale.data.shards import ShardEntry, changed, read_good
+from kdscale.data.sidecars import EVAL, SUMMARY, TEXT, Values, encode_sidecar, view_name
+from kdscale.models.towers import eval_crop, image_features, load_tower, normalise, tokenizer
+from kdscale.stages.jobs import EmbedJob
+from kdscale.stages.loop import autocast, check_precision, chunks
+
+BATCH_SIZE = 64
+Arrays = dict[str, list[Values]]
+
+
+def shards_of(job: EmbedJob) -> list[int]:
+    """Returns the shards that a job covers, each content once, in the manifest's order."""
+    limit = job.recipe.max_samples or math.inf
+    chosen: list[int] = []
+    seen: set[str] = set()
+    covered = 0
+    for number, entry in enumerate(job.data.shards):
+        if entry.sha256 in seen or covered >= limit:
+            continue
+        seen.add(entry.sha256)
+        covered += entry.num_samples
+        chosen.append(number)
+    return chosen
+
+
+def pending(job: EmbedJob) -> list[int]:
+    """Returns the shards of a job that lack a file."""
+    storage, cache, parts = job.stage.storage, job.cache, (*job.stage.parts, "output")
+    there = {part: set(storage.names(*parts, part)) for part in cache.parts()}
+    return [
+        number
+        for number in shards_of(job)
+        if not all(
+            cache.path(part, job.data.shards[number]).rsplit("/", 1)[-1] in names
+            for part, names in there.items()
+        )
+    ]
+
+
+def finish(job: EmbedJob, summary: dict[str, Any], seconds: float) -> None:
+    """Writes the cache's summary and marks the stage done.
+
+    Args:
+        job: The finished job.
+        summary: What `Embedder.summary` returned.
+        seconds: Wall-clock time of this attempt.
+    """
+    check_lease(job.stage, job.lease)
+    storage, parts = job.stage.storage, (*job.stage.parts, "output")
+    storage.write_json(summary, *parts, SUMMARY)
+    job.stage.finish(job.record | {"seconds": round(seconds, 1), "cache": summary})
+
+
+class Embedder:
+    """Embeds shards with one teacher, loaded once.
+
+    Args:
+        job: What to embed.
+        device: Where the teacher runs, None for a GPU if there is one.
+        threads: Threads that decode ahead.
+    """
+
+    def __init__(self, job: EmbedJob, device: str | None = None, threads: int = 1) -> None:
+        recipe = job.recipe
+        found = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.job, self.recipe, self.device = job, recipe, torch.device(found)
+        check_precision(recipe.precision, self.device.type)
+        model = load_tower(recipe.teacher, Storage(job.storage_root))
+        self.model: Any = model.to(self.device).eval().requires_grad_(False)
+        self.tokenize = tokenizer(recipe.teacher)
+        self.pool = ThreadPoolExecutor(threads)
+
+    def __call__(self, number: int) -> dict[str, Any]:
+        """Embeds one shard and writes its files.
+
+        Args:
+            number: Its place in the manifest.
+
+        Returns:
+            The shard's number, its samples, and the seconds it took.
+
+        Raises:
+            ShardChanged: It no longer fits the manifest.
+            StorageError: A file could not be written; nothing half-written remains.
+        """
+        began = time.perf_counter()
+        entry = self.job.data.shards[number]
+        fs, path = fsspec.core.url_to_fs(entry.path)
+        samples = list(read_good(path, fs, entry))
+        found: Arrays = {part: [] for part in self.job.cache.parts()}
+        for part, pixels in self._rendered(samples, entry):
+            self._embed(samples[part], pixels, found)
+        for name, pieces in found.items():
+            self._write(name, entry, [s.key for s in samples], np.concatenate(pieces))
+        return {
+            "shard": number,
+            "samples": len(samples),
+            "seconds": time.perf_counter() - began,
+            "summary": json.dumps(self.summary()),
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """Returns what a reader of the cache must know of the teacher."""
+        cache, bias = self.job.cache, getattr(self.model, "logit_bias", None)
+        return {
+            "teacher": cache.teacher,
+            "name": self.recipe.teacher.name,
+            "dim": self.recipe.teacher.embed_dim,
+            "logit_scale": float(self.model.logit_scale.exp()),
+            "logit_bias": None if bias is None else float(bias),
+            "views": cache.views,
+            "captions": cache.captions,
+        }
+
+    def _rendered(
+        self, samples: Sequence[RawSample], entry: ShardEntry
+    ) -> Iterator[tuple[slice, Values]]:
+        """Yields (rows, (B, V, H, W, 3) uint8), the next batch being decoded meanwhile."""
+        render = partial(_render, job=self.job, entry=entry)
+        parts = list(chunks(len(samples), max(1, BATCH_SIZE // max(1, self.recipe.views))))
+        ahead = [self.pool.submit(_each, render, samples[part]) for part in parts[:2]]
+        for place, part in enumerate(parts):
+            if place + 2 < len(parts):
+                ahead.append(self.pool.submit(_each, render, samples[parts[place + 2]]))
+            yield part, ahead.pop(0).result()
+
+    @torch.no_grad()
+    def _embed(self, samples: Sequence[RawSample], pixels: Values, found: Arrays) -> None:
+        """Runs the teacher on one batch and adds the results."""
+        spec = self.recipe.teacher
+        flat = torch.from_numpy(pixels.reshape(-1, *pixels.shape[2:])).to(self.device)
+        with autocast(self.recipe.precision, self.device):
+            inputs = normalise(flat, spec)
+            if self.recipe.views == 0:
+                features = image_features(self.model, inputs)["patch_mean"]
+                found[EVAL].append(features.float().cpu().numpy())
+                return
+            image_BVD = _unit(self.model.encode_image(inputs)).reshape(*pixels.shape[:2], -1)
+            captions = [text for s in samples for text in s.captions(self.recipe.captions)]
+            text = _unit(self.model.encode_text(self.tokenize(captions).to(self.device)))
+        for view in range(self.recipe.views):
+            found[view_name(view)].append(image_BVD[:, view].numpy())
+        found[TEXT].append(text.reshape(len(samples), self.recipe.captions, -1).numpy())
+
+    def _write(self, part: str, entry: ShardEntry, keys: list[str], values: Values) -> None:
+        """Writes one file of a shard."""
+        cache, stage = self.job.cache, self.job.stage
+        scale = {name: self.summary()[name] for name in ("logit_scale", "logit_bias")}
+        data = encode_sidecar(keys, values, cache.metadata(part, entry) | scale)
+        name = cache.path(part, entry).rsplit("/", 1)[-1]
+        stage.storage.write(data, *stage.parts, "output", part, name)
+
+
+def _unit(features: Tensor) -> Tensor:
+    """Normalises in fp32 and rounds to fp16."""
+    return normalize(features.float(), dim=-1).to(torch.float16).cpu()
+
+
+def _each(render: Any, samples: Sequence[RawSample]) -> Values:
+    """Renders a batch."""
+    return np.stack([render(sample) for sample in samples])
+
+
+def _render(sample: RawSample, job: EmbedJob, entry: ShardEntry) -> Values:
+    """Decodes a sample once and renders all its crops: (V, H, W, 3) uint8."""
+    recipe, spec = job.recipe, job.recipe.teacher
+    try:
+        image = decode(sample.jpg or b"")
+    except BadImage as error:
+        what = f"a bad image under {sample.key!r} ({error})"
+        raise ShardChanged(changed(entry.path, what)) from error
+    if recipe.views == 0:
+        return eval_crop(image, spec)[None]
+    crops: list[Values] = []
+    for view in range(recipe.views):
+        top, left, height, width = crop_box(
+            sample.key, view, job.cache.crop, image.shape[0], image.shape[1]
+        )
+        box = image[top : top + height, left : left + width]
+        crops.append(resize(box, spec.image_px))
+    return np.stack(crops)

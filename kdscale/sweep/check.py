@@ -1,0 +1,153 @@
+"""What a plan refuses: recipes that would fail after they have started, hours later perhaps.
+
+Nothing here builds a tower: what the configs say is enough.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from kdscale.core.config import Distill, TowerSpec
+from kdscale.core.types import ConfigError, PrecisionError
+from kdscale.losses.recipes import LossFlags, active_terms, needs_teacher, weights_for
+
+# Families of timm trunks that normalise by BatchNorm; others are found out when they are built.
+BATCHNORM_TRUNKS = ("efficientnet", "ghostnet", "mobilenet", "mobilevit", "regnet", "resnet")
+GROUPNORM_TRUNKS = ("resnetv2",)
+
+
+def check_recipe(recipe: Distill) -> None:
+    """Refuses a resolved recipe that cannot run.
+
+    Raises:
+        PrecisionError: If fp16 is asked for without GPUs.
+        ConfigError: If loss, towers, numbers or shares contradict each other.
+    """
+    check_loss(recipe)
+    _check_numbers(recipe)
+    _check_towers(recipe)
+    _check_shares(recipe)
+
+
+def check_cacheable(recipe: Distill) -> None:
+    """Refuses a distillation that a teacher cache cannot feed.
+
+    Raises:
+        ConfigError: If crops are drawn anew each epoch, or the loss wants the teacher itself.
+    """
+    if recipe.views is None:
+        raise ConfigError(
+            "teacher_outputs='cached' needs views=N, the crops per sample that are embedded; "
+            "views=None draws a new crop each epoch"
+        )
+    if getattr(recipe.loss, "needs_online_teacher", False):
+        raise ConfigError(
+            f"the loss {recipe.loss.__qualname__} declares needs_online_teacher: a cache holds "  # pyright: ignore
+            "embeddings only; use teacher_outputs='online'"
+        )
+
+
+def check_loss(recipe: Distill) -> None:
+    """Validates a recipe's loss against its mode, teacher and student.
+
+    Raises:
+        ConfigError: If the loss is unknown or needs a teacher, or a student, that is not there.
+    """
+    flags = LossFlags.for_mode(recipe.mode, **recipe.flags)
+    if flags.unsynced_heads and not flags.drop_heads_on_resume:
+        raise ConfigError(
+            "unsynced_heads needs drop_heads_on_resume: a checkpoint holds one set of heads"
+        )
+    if callable(recipe.loss):
+        return
+    terms = active_terms(weights_for(recipe.loss, flags))
+    if recipe.teacher is None and needs_teacher(terms):
+        raise ConfigError(f"the loss {recipe.loss} compares with a teacher and none is given")
+    if "mfd" in terms and not flags.mfd_noop and _is_vit(recipe.student) is False:
+        raise ConfigError(
+            f"mfd masks the patches of open_clip's ViT, and {_name(recipe.student)!r} has another "
+            "image tower; use fd, or a ViT student"
+        )
+
+
+def _check_numbers(recipe: Distill) -> None:
+    """Refuses numbers out of range, and fp16 where it is emulated."""
+    run = recipe.run
+    if recipe.precision == "fp16" and run is not None and run.gpus_per_worker == 0:
+        raise PrecisionError(
+            "fp16 on a CPU is emulated and unusably slow; use precision='fp32' or 'bf16', "
+            "or give the workers GPUs (run.gpus_per_worker=1)"
+        )
+    if not all(0 <= beta < 1 for beta in recipe.betas):
+        raise ConfigError(f"betas must lie in [0, 1), got {recipe.betas}")
+    low, high = recipe.crop_scale
+    if not 0 < low <= high <= 1:
+        raise ConfigError(
+            f"crop_scale is (smallest, largest) share of the image, each above 0 and at most 1, "
+            f"got {recipe.crop_scale}"
+        )
+
+
+def _check_towers(recipe: Distill) -> None:
+    """Refuses drop path where the student's image tower has none."""
+    vision = _vision(recipe.student)
+    if recipe.drop_path > 0 and vision is not None and "timm_model_name" not in vision:
+        raise ConfigError(
+            f"drop_path is {recipe.drop_path}, and the image tower of {_name(recipe.student)!r} is "
+            "open_clip's own, which has no drop path; use drop_path=0 for this student"
+        )
+
+
+def _check_shares(recipe: Distill) -> None:
+    """Refuses a global batch that workers, micro-batches and BatchNorm groups do not divide."""
+    run = recipe.run
+    if run is None:
+        return
+    rows, rest = divmod(recipe.global_batch_size, run.world_size)
+    if rest:
+        raise ConfigError(
+            f"a global batch of {recipe.global_batch_size} cannot be shared equally by "
+            f"{run.num_workers} workers; choose a run.num_workers that divides it"
+        )
+    micro = run.micro_batch_size or rows
+    if rows % micro:
+        raise ConfigError(
+            f"micro_batch_size {micro} does not divide the {rows} rows of a worker; "
+            "choose a divisor"
+        )
+    group = recipe.bn_group
+    if group is not None and _has_batchnorm(recipe.student) and micro % group:
+        raise ConfigError(
+            f"{_name(recipe.student)!r} has BatchNorm, and a forward pass of {micro} samples is "
+            f"not a multiple of bn_group={group}; use fewer workers or larger micro-batches, or "
+            f"lower bn_group to a divisor of {micro} (which changes numbers)"
+        )
+
+
+def _vision(tower: Any) -> dict[str, Any] | None:
+    """Returns the config of an image tower, None where only open_clip knows it."""
+    if not isinstance(tower, TowerSpec) or isinstance(tower.clip_config, str):
+        return None
+    return cast("dict[str, Any] | None", tower.clip_config.get("vision_cfg"))
+
+
+def _is_vit(tower: Any) -> bool | None:
+    """Tells whether an image tower is open_clip's own ViT; None where that is not known."""
+    vision = _vision(tower)
+    if vision is None:
+        return None
+    return "timm_model_name" not in vision and not isinstance(vision.get("layers"), list | tuple)
+
+
+def _has_batchnorm(tower: Any) -> bool:
+    """Tells whether an image tower is known to have BatchNorm."""
+    vision = _vision(tower) or {}
+    trunk = str(vision.get("timm_model_name", "")).rsplit("/", 1)[-1].removeprefix("tf_")
+    if isinstance(vision.get("layers"), list | tuple):
+        return True  # open_clip's ResNet
+    return trunk.startswith(BATCHNORM_TRUNKS) and not trunk.startswith(GROUPNORM_TRUNKS)
+
+
+def _name(tower: Any) -> str:
+    """Returns what people call a tower."""
+    return str(getattr(tower, "name", tower))

@@ -1,0 +1,94 @@
+"""The same storage, shards and cache on an S3 server: rclone's, which keeps real files."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from conftest import pair
+from test_embed import distill_job, embed_job, fill, losses, tall
+from worlds import PX
+
+from kdscale.core.config import DataSpec
+from kdscale.core.storage import Lease, StageStore, Storage
+from kdscale.data.shards import Manifest, build_manifest
+from kdscale.stages.embed import pending
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Serves a folder as s3://bucket to this process."""
+    root = tmp_path_factory.mktemp("s3")
+    (root / "bucket").mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    program = Path(sys.executable).with_name("rclone")
+    options = ["--addr", f"127.0.0.1:{port}", "--auth-key", "kdkey,kdsecret", "--config", ""]
+    server = subprocess.Popen(
+        [str(program), "serve", "s3", *options, str(root)], stderr=subprocess.DEVNULL
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "kdkey")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "kdsecret")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        fsspec.filesystem("s3").clear_instance_cache()
+        _wait_for(port)
+        yield root / "bucket"
+    server.terminate()
+    server.wait()
+    fsspec.filesystem("s3").clear_instance_cache()
+
+
+def _wait_for(port: int) -> None:
+    for _ in range(200):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    raise AssertionError("rclone did not start")
+
+
+@pytest.fixture(scope="module")
+def remote(bucket: Path, write_tar: Any, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """Two shards in the bucket."""
+    folder = tmp_path_factory.mktemp("shards")
+    for number in range(2):
+        parts = [p for i in range(16) for p in pair(f"{number}{i:04d}", 100 * number + i)]
+        tar = write_tar(folder / f"{number:05d}.tar", parts)
+        fsspec.filesystem("s3").put(str(tar), f"bucket/shards/{tar.name}")
+    return build_manifest(DataSpec(name="t", urls="s3://bucket/shards/{00000..00001}.tar"))
+
+
+def test_a_stage_lives_there(bucket: Path) -> None:
+    storage = Storage("s3://bucket/runs")
+    stage = StageStore(storage, "distill", "k")
+    lease = Lease.acquire(stage)
+    assert lease is not None
+    with lease:
+        assert Lease.acquire(stage) is None
+        stage.finish({"a": 1})
+    assert stage.is_done()
+    assert stage.record() == {"a": 1}
+    assert not storage.exists(*stage.parts, "LEASE")
+    assert (bucket / "runs/stages/distill/k/DONE").exists()
+
+
+def test_cached_training_equals_online_there(remote: Manifest) -> None:
+    root, teacher = "s3://bucket/runs", tall(224, 32)
+    online = distill_job(root, remote, teacher)
+    embed = embed_job(online)
+    fill(embed)
+    assert pending(embed) == []
+    cached = distill_job(root, remote, teacher, teacher_outputs=f"embed:{embed.key}")
+    assert cached.cache is not None
+    assert cached.cache.root.startswith("s3://")
+    assert losses(cached, (PX,)) == pytest.approx(losses(online, (PX, 224)), rel=1e-3)
