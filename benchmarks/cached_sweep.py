@@ -32,7 +32,7 @@ LOSSES = '"clip_kd", "mse", "icl", "kl"'
 
 def kdscale(*words: object) -> str:
     """Runs a command and returns what it printed."""
-    program = [sys.executable, "-m", "kdscale.cli"]
+    program = [sys.executable, "-c", "from kdscale.cli import app; app()"]
     done = subprocess.run([*program, *map(str, words)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stdout[-3000:] + done.stderr[-3000:])
