@@ -48,6 +48,7 @@ class StreamConfig:
             a list of captions into (B, T) integers; called once per process.
         cpus_per_task: What a read or decode task asks of the scheduler. Every task that runs at
             the same time is a process that takes some seconds of CPU to start.
+        readers: Windows read at the same time, each in memory.
     """
 
     manifest: Manifest

@@ -161,6 +161,7 @@ def stream_config(job: DistillJob) -> StreamConfig:
         cache=job.cache,
         tokenizers={tower.tokens_name: partial(_tokeniser, tower) for tower in towers},
         cpus_per_task=recipe.run.cpus_per_data_task,
+        readers=max(1, round(recipe.run.data_cpus / 8)),  # reading is a tenth of decoding
     )
 
 
