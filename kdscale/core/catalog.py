@@ -10,32 +10,13 @@ that misses it by more than 0.1 points is loaded or preprocessed wrongly.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field
-
-from kdscale.core.config import NOT_IN_KEY, DataSpec, Spec, TowerFacts, TowerSpec, ZeroShotSpec
+from kdscale.core.config import DataSpec, TowerFacts, TowerSpec, ZeroShotSpec
+from kdscale.core.vlm_config import LanguageModelSpec
 
 SIGLIP_MEAN = (0.5, 0.5, 0.5)
 SIGLIP_STD = (0.5, 0.5, 0.5)
-
-
-class LanguageModelSpec(Spec):
-    """A causal language model for the VLM stages.
-
-    Attributes:
-        name: What people call it.
-        weights: Hub id or a local directory in the hub's layout.
-        hidden: Width of its token embeddings.
-        context_length: Positions that it was trained for.
-        mparams: Parameters in millions, tied embeddings counted once.
-    """
-
-    name: Annotated[str, Field(json_schema_extra=NOT_IN_KEY)]
-    weights: str
-    hidden: Annotated[int, Field(gt=0, json_schema_extra=NOT_IN_KEY)]
-    context_length: Annotated[int, Field(gt=0, json_schema_extra=NOT_IN_KEY)]
-    mparams: Annotated[float, Field(gt=0, json_schema_extra=NOT_IN_KEY)]
 
 
 # `openai` and `dfn2b` weights need QuickGELU, hence the `-quickgelu` configs. The tags stand for
@@ -238,6 +219,8 @@ DATA: dict[str, DataSpec] = {
     "cc12m": DataSpec(name="CC12M", num_samples=10_968_539),
     "bunny_laion_2m": DataSpec(name="Bunny LAION-2M", num_samples=2_000_000),
     "llava_pretrain_558k": DataSpec(name="LLaVA-Pretrain 558k", num_samples=558_128),
+    "llava_mix_665k": DataSpec(name="LLaVA-1.5 mix 665k", num_samples=665_298),
+    "bunny_695k": DataSpec(name="Bunny 695k", num_samples=695_000),
 }
 
 ZERO_SHOT: dict[str, ZeroShotSpec] = {

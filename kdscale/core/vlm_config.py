@@ -1,0 +1,161 @@
+"""Recipes of the VLM stages: projector pretraining and fine-tuning.
+
+TinyLLaVA Factory and Bunny are two settings of the same fields. Where the released code of the
+paper's time and today's defaults differ, the field says which; `kdscale.core.vlm_recipes` holds
+both as named recipes.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from kdscale.core.config import (
+    NOT_IN_KEY,
+    DataSpec,
+    Execution,
+    Precision,
+    Recipe,
+    Spec,
+    TowerSpec,
+)
+
+Template = Literal["pretrain", "plain", "qwen2_base", "phi", "bunny", "qwen2_instruct", "llama"]
+Trainable = Literal["projector", "projector+llm", "projector+lora"]
+
+
+class LanguageModelSpec(Spec):
+    """A causal language model for the VLM stages.
+
+    Attributes:
+        name: What people call it.
+        weights: Hub id, a local directory in the hub's layout, or `random`.
+        config: A transformers config as a dictionary (`model_type` and its fields), for random
+            weights; None reads the one beside the weights.
+        tokenizer: Hub id, local directory, or `mini_lm` for the packaged miniature one; None
+            reads the one beside the weights.
+        hidden: Width of its token embeddings.
+        context_length: Positions that it was trained for.
+        mparams: Parameters in millions, tied embeddings counted once.
+    """
+
+    name: Annotated[str, Field(json_schema_extra=NOT_IN_KEY)]
+    weights: str = "random"
+    config: dict[str, Any] | None = None
+    tokenizer: str | None = None
+    hidden: Annotated[int, Field(gt=0, json_schema_extra=NOT_IN_KEY)]
+    context_length: Annotated[int, Field(gt=0, json_schema_extra=NOT_IN_KEY)]
+    mparams: Annotated[float, Field(gt=0, json_schema_extra=NOT_IN_KEY)]
+
+
+class Lora(Spec):
+    """Low-rank adapters on every linear layer of the language model except its head.
+
+    Defaults are Bunny's.
+    """
+
+    rank: int = Field(default=128, gt=0)
+    alpha: int = Field(default=256, gt=0)
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+
+
+class VlmStage(Recipe):
+    """What both VLM stages say; see `Pretrain` and `Finetune`.
+
+    Attributes:
+        vision: The tower whose features the projector reads; frozen.
+        llm: The language model.
+        data: Shards whose `.json` carries `conversations`; images are optional.
+        template: Text format (`kdscale.data.instruct.TEMPLATES`).
+        trainable: What learns; everything else stays bit-identical.
+        lora: Adapters, where `trainable` has them; merged at the end.
+        image_mode: `square` is the tower's own processing, `pad` pads to a square first.
+        siglip_tokens: `drop_first` repeats TinyLLaVA, which drops a patch as if it were a class
+            token (728 of 729); `all` keeps them.
+        hierarchical_tokens: Features of Swin, ConvNeXt and MobileViT: 7 x 7 of the last stage, or
+            14 x 14 of the third.
+        lr: Peak learning rate; `projector_lr` replaces it for the projector where given.
+        global_batch_size: Samples of one optimizer step, whatever the number of workers.
+        micro_batch_size: Samples of one forward pass. It changes numbers where losses are
+            averaged per micro-batch, so it is not part of the execution.
+        grad_clip: Largest gradient norm; None is off, as in the paper's DeepSpeed.
+        loss_norm: `micro_batch` averages the mean losses of the micro-batches (upstream of the
+            paper's time), `update` divides by all supervised tokens of the step.
+        length_grouping: Draw neighbours of like modality and length into megabatches of
+            `group_size` samples.
+        warmup_ratio: Share of the steps that warm up; cosine to zero afterwards.
+        max_length: Tokens after which a conversation is cut.
+        max_steps: Stop after this many optimizer steps; the schedule ends there too.
+        precision: None takes the scale's.
+        zero_stage: DeepSpeed's ZeRO stage where the execution uses DeepSpeed.
+        feature_cache: Read the tower's features from an own stage instead of running it.
+        attention: `auto` takes flash-attention 2 where GPU and package are there, else SDPA.
+    """
+
+    kind: ClassVar[str]
+    version: ClassVar[int] = 1
+
+    vision: str | TowerSpec
+    llm: str | LanguageModelSpec
+    data: str | DataSpec
+    template: Template = "qwen2_base"
+    trainable: Trainable = "projector"
+    lora: Lora | None = None
+    image_mode: Literal["square", "pad"] = "square"
+    siglip_tokens: Literal["all", "drop_first"] = "all"
+    hierarchical_tokens: Literal["last", "stage3"] = "last"
+    lr: float = Field(default=1e-3, gt=0)
+    projector_lr: float | None = Field(default=None, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    global_batch_size: int = Field(default=256, gt=0)
+    micro_batch_size: int = Field(default=16, gt=0)
+    grad_clip: float | None = Field(default=None, gt=0)
+    loss_norm: Literal["micro_batch", "update"] = "micro_batch"
+    length_grouping: bool = False
+    group_size: int = Field(default=32, gt=0)
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    max_length: int = Field(default=2048, gt=1)
+    epochs: int = Field(default=1, gt=0)
+    max_steps: int | None = Field(default=None, gt=0)
+    seed: int = 0
+    precision: Precision | None = None
+    zero_stage: Annotated[Literal[2, 3], Field(json_schema_extra=NOT_IN_KEY)] = 2
+    feature_cache: Annotated[bool, Field(json_schema_extra=NOT_IN_KEY)] = False
+    attention: Annotated[
+        Literal["auto", "sdpa", "flash_attention_2"], Field(json_schema_extra=NOT_IN_KEY)
+    ] = "auto"
+    run: Annotated[Execution | None, Field(json_schema_extra=NOT_IN_KEY)] = None
+
+    @model_validator(mode="after")
+    def _sizes_and_parts_agree(self) -> Self:
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size {self.micro_batch_size} does not divide the global batch of "
+                f"{self.global_batch_size}"
+            )
+        if (self.lora is not None) != (self.trainable == "projector+lora"):
+            raise ValueError("lora is given exactly where trainable is 'projector+lora'")
+        return self
+
+
+class Pretrain(VlmStage):
+    """Train the projector alone on image-caption pairs."""
+
+    kind: ClassVar[str] = "pretrain"
+
+    template: Template = "pretrain"
+
+
+class Finetune(VlmStage):
+    """Train projector and language model on conversations, from a pretrained projector.
+
+    Attributes:
+        projector: `stage:pretrain/<key>` of the stage that trained it; a plan fills it in. None
+            starts from a random one.
+    """
+
+    kind: ClassVar[str] = "finetune"
+
+    trainable: Trainable = "projector+llm"
+    projector: str | None = Field(default=None, pattern="^stage:pretrain/[0-9a-f]{16}$")
