@@ -13,6 +13,7 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import cv2
 import fsspec
 import numpy as np
 import pyarrow as pa
@@ -413,3 +414,23 @@ def test_what_a_cut_shard_lost_counts(tmp_path: Path, write_tar: Any) -> None:
     spec = DataSpec(name="t", urls=f"{tmp_path}/*.tar", max_bad_fraction=0.1)
     with pytest.raises(TooManyBadSamples, match=r"allowed 10\.0%"):
         build_manifest(spec)
+
+
+def test_large_jpegs_are_decoded_at_a_half_or_a_quarter():
+    gradient = np.linspace(0, 255, 900 * 700 * 3, dtype=np.uint8).reshape(700, 900, 3)
+    jpeg = cv2.imencode(".jpg", cv2.GaussianBlur(gradient, (31, 31), 9))[1].tobytes()
+    assert [decode(jpeg, d).shape for d in (1, 2, 4)] == [
+        (700, 900, 3),
+        (350, 450, 3),
+        (175, 225, 3),
+    ]
+    png = cv2.imencode(".png", gradient)[1].tobytes()
+    assert decode(png, 4).shape == (700, 900, 3)
+    whole = decode(jpeg)
+    top, left, height, width = crop_box("k", 0, Crop(), 700, 900)
+    together = render(jpeg, "k", 0, Crop(), (64, 224, 600))
+    for px, image in together.items():
+        expected = resize(whole[top : top + height, left : left + width], px)
+        assert np.abs(image.astype(int) - expected).mean() < 2.5, px
+        # What one size shows does not depend on the others.
+        assert np.array_equal(image, render(jpeg, "k", 0, Crop(), (px,))[px])

@@ -163,8 +163,20 @@ def test_cached_embeddings_come_with_their_rows(
 @pytest.mark.ray
 def test_a_resumed_stream_is_the_tail_of_the_whole(alone: list[list[Batch]], config: StreamConfig):
     # Step 5 lies within a window of the first epoch; the run ends within the third.
-    tail = consume(replace(config, start_step=5))
+    tail = consume(replace(config, start_step=5, own_steps=0))
     assert [together(s) for s in tail] == [together(s) for s in alone[5:]]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_steps_that_workers_read_themselves_are_the_same(config: StreamConfig, workers: int):
+    whole = replace(config, own_steps=STEPS)
+    split = replace(whole, num_workers=workers)
+    nothing = Fake([])
+    expected = [[batch] for batch in TrainStream(nothing, whole, 0)]
+    streams = [TrainStream(nothing, split, rank) for rank in range(workers)]
+    assert [together(list(s)) for s in zip(*streams, strict=True)] == [
+        together(step) for step in expected
+    ]
 
 
 @pytest.mark.ray
@@ -188,7 +200,7 @@ def test_a_changed_shard_ends_training_by_name(
 def test_blocks_are_arrow_and_of_equal_size(ray_cluster: Any, config: StreamConfig):
     import pyarrow as pa
 
-    dataset = train_dataset(replace(config, num_workers=2, total_steps=3))
+    dataset = train_dataset(replace(config, num_workers=2, total_steps=3, own_steps=0))
     blocks = [
         ray_cluster.get(ref) for b in dataset.iter_internal_ref_bundles() for ref in b.block_refs
     ]
@@ -199,18 +211,22 @@ def test_blocks_are_arrow_and_of_equal_size(ray_cluster: Any, config: StreamConf
 
 def test_a_stream_of_other_rows_is_refused(config: StreamConfig):
     with pytest.raises(DataError, match="order contract broken: step 2 of worker 1"):
-        list(TrainStream(Fake([16, 17, 18, 19]), replace(config, num_workers=2, start_step=2), 1))
+        list(
+            TrainStream(
+                Fake([16, 17, 18, 19]), replace(config, num_workers=2, start_step=2, own_steps=0), 1
+            )
+        )
 
 
 def test_a_stream_that_ends_early_is_refused(config: StreamConfig):
-    stream = iter(TrainStream(Fake(range(16, 24)), replace(config, start_step=2), 0))
+    stream = iter(TrainStream(Fake(range(16, 24)), replace(config, start_step=2, own_steps=0), 0))
     assert next(stream).step == 2
     with pytest.raises(DataError, match="ended before step 3 of 14"):
         next(stream)
 
 
 def test_waiting_is_measured_and_reset(config: StreamConfig):
-    last = replace(config, start_step=STEPS - 1)
+    last = replace(config, start_step=STEPS - 1, own_steps=0)
     stream = TrainStream(Fake(range((STEPS - 1) * 8, STEPS * 8)), last, 0)
     assert len(stream) == len(list(stream)) == 1
     assert stream.take_wait_s() > 0

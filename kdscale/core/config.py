@@ -253,7 +253,7 @@ class Embed(Recipe):
     """
 
     kind: ClassVar[str] = "embed"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     teacher: TowerSpec
     data: DataSpec
@@ -293,7 +293,7 @@ class Distill(Recipe):
     """
 
     kind: ClassVar[str] = "distill"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     student: str | TowerSpec
     teacher: str | TowerSpec | None = None

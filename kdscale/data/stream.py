@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
 from kdscale.core.types import ConfigError, DataError, KdscaleError
 from kdscale.data.blocks import EMBEDDINGS, Plan, Reading, Tokenizer, deal, finish, read_segment
@@ -49,6 +51,8 @@ class StreamConfig:
         cpus_per_task: What a read or decode task asks of the scheduler. Every task that runs at
             the same time is a process that takes some seconds of CPU to start.
         readers: Windows read at the same time, each in memory.
+        own_steps: First steps whose rows each worker reads and decodes itself while the data
+            tasks start, which takes them some seconds.
     """
 
     manifest: Manifest
@@ -68,6 +72,7 @@ class StreamConfig:
     cpus_per_task: float = 1.0
     prefetch_batches: int = 2
     readers: int = 1
+    own_steps: int = 1
 
     def __post_init__(self) -> None:
         if self.num_workers < 1 or self.global_batch_size % self.num_workers:
@@ -106,6 +111,29 @@ class StreamConfig:
         return self.global_batch_size // self.num_workers
 
     @property
+    def data_step(self) -> int:
+        """The first step that the data tasks prepare."""
+        return min(self.start_step + self.own_steps, self.order.num_steps)
+
+    @property
+    def reading(self) -> Reading:
+        """What is read of a sample."""
+        return Reading(self.views, self.captions, self.cache)
+
+    @property
+    def plan(self) -> Plan:
+        """What becomes of what is read."""
+        import ray.cloudpickle
+
+        return Plan(
+            self.crop,
+            self.views,
+            self.sizes,
+            {name: ray.cloudpickle.dumps(make) for name, make in self.tokenizers.items()},
+            tuple(shard.path for shard in self.manifest.shards),
+        )
+
+    @property
     def block_rows(self) -> int:
         """Rows per block: the share, or its largest divisor whose pixels fit `BLOCK_BYTES`.
 
@@ -123,21 +151,11 @@ class StreamConfig:
 
 
 def train_dataset(config: StreamConfig) -> ray.data.Dataset:
-    """Builds the stream of all steps from `config.start_step` to the end of the run.
+    """Builds the stream of all steps from `config.data_step` to the end of the run.
 
     Columns: `row`, `epoch` (int64), `key`, `image_{px}` (px, px, 3) uint8, `tokens_{name}` (T,)
     int64. Nothing is read before somebody iterates.
     """
-    import ray.cloudpickle
-    import ray.data
-
-    plan = Plan(
-        config.crop,
-        config.views,
-        config.sizes,
-        {name: ray.cloudpickle.dumps(make) for name, make in config.tokenizers.items()},
-        tuple(shard.path for shard in config.manifest.shards),
-    )
     rows, cpus = config.block_rows, config.cpus_per_task
     options: dict[str, Any] = {"batch_format": "pyarrow", "num_cpus": cpus}
     even: dict[str, Any] = {"target_num_rows_per_block": rows, "strict": True}
@@ -148,7 +166,7 @@ def train_dataset(config: StreamConfig) -> ray.data.Dataset:
         dealer = partial(deal, num_workers=config.num_workers, rows=rows)
         dataset = dataset.repartition(target_num_rows_per_block=whole, strict=True)
         dataset = dataset.map_batches(dealer, batch_size=whole, **options)
-    finisher = partial(finish, plan=plan)
+    finisher = partial(finish, plan=config.plan)
     # The other way round Ray would fuse the two, and one task would do several blocks in a row.
     dataset = dataset.repartition(**even).map_batches(finisher, batch_size=rows, **options)
     _configure(dataset, rows * config.row_bytes)
@@ -157,7 +175,7 @@ def train_dataset(config: StreamConfig) -> ray.data.Dataset:
 
 def _configure(dataset: ray.data.Dataset, block_bytes: int) -> None:
     """Sets what Ray Data keeps beside the plan: order and block size."""
-    _quiet(dataset)
+    quiet(dataset)
     context = dataset.context
     # A finished block that Ray would cut in two no longer goes to one worker; what is read may
     # not be much larger, since a task takes a whole block of it.
@@ -165,7 +183,7 @@ def _configure(dataset: ray.data.Dataset, block_bytes: int) -> None:
     context.execution_options = execution_options()
 
 
-def _quiet(dataset: ray.data.Dataset) -> None:
+def quiet(dataset: ray.data.Dataset) -> None:
     """Leaves progress and errors to us."""
     context = dataset.context
     context.enable_progress_bars = False
@@ -209,10 +227,9 @@ def _source(config: StreamConfig) -> ray.data.Dataset:
     from ray.data import Datasource, ReadTask
     from ray.data.block import BlockMetadata
 
-    segments = config.order.segments(config.start_step)
+    # Where workers read all that is left, nobody asks for the dataset, but Ray wants one.
+    segments = config.order.segments(min(config.data_step, config.order.num_steps - 1))
     shards = config.manifest.shards
-    if not len(segments):
-        raise ConfigError(f"no steps are left from step {config.start_step} on")
 
     class Shards(Datasource):
         """Reads segments in the order of the run."""
@@ -223,7 +240,7 @@ def _source(config: StreamConfig) -> ray.data.Dataset:
         def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
             return [_task(segment) for segment in segments]
 
-    reading = Reading(config.views, config.captions, config.cache)
+    reading = config.reading
 
     def _task(segment: Segment) -> ReadTask:
         entries = tuple(shards[number] for number in segment.shards)
@@ -242,47 +259,6 @@ def _source(config: StreamConfig) -> ray.data.Dataset:
         num_cpus=config.cpus_per_task / 2,
         concurrency=config.readers,
     )
-
-
-def actor_map(
-    items: Sequence[int],
-    make: Callable[[], Callable[[int], dict[str, Any]]],
-    *,
-    num_actors: int,
-    resources: Mapping[str, float],
-) -> Iterator[dict[str, Any]]:
-    """Maps numbers through a pool of Ray Data actors and yields the results as they come.
-
-    Args:
-        items: What to map; each is a task of its own, done again elsewhere if its actor dies.
-        make: Called once per actor; gives the function that maps one item to a flat row.
-        num_actors: Actors at most.
-        resources: CPU and GPU of one actor.
-    """
-    import ray.data
-
-    class Actor:
-        """Holds what is expensive to make."""
-
-        def __init__(self) -> None:
-            self._work = make()
-
-        def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-            (item,) = batch["item"]
-            return {name: [value] for name, value in self._work(int(item)).items()}
-
-    dataset = ray.data.from_items(
-        [{"item": item} for item in items], override_num_blocks=len(items)
-    )
-    dataset = dataset.map_batches(
-        Actor,
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(num_actors, len(items))),
-        num_cpus=resources.get("CPU", 1.0),
-        num_gpus=resources.get("GPU", 0.0) or None,
-    )
-    _quiet(dataset)
-    yield from dataset.iter_rows()
 
 
 class TrainStream:
@@ -319,16 +295,17 @@ class TrainStream:
             ShardChanged: A shard no longer fits the manifest.
         """
         config = self._config
-        blocks: Iterable[dict[str, Any]] = self._iterator.iter_batches(
-            batch_size=config.batch_size,
-            batch_format="numpy",
-            prefetch_batches=config.prefetch_batches,
-        )
-        blocks = iter(blocks)
+        blocks = self._blocks() if config.data_step < config.order.num_steps else iter(())
+        starter = ThreadPoolExecutor(1)
+        # Ray starts its tasks when it is first asked; meanwhile the first steps are read here.
+        later = starter.submit(_next, blocks)
         try:
             for step in range(config.start_step, config.order.num_steps):
                 began = time.perf_counter()
-                columns = _next(blocks)
+                if step < config.data_step:
+                    columns = own_columns(config, step, self._rank)
+                else:
+                    columns = later.result() if step == config.data_step else _next(blocks)
                 self.wait_s += time.perf_counter() - began
                 if columns is None:
                     raise DataError(
@@ -336,9 +313,20 @@ class TrainStream:
                     )
                 yield self._batch(step, columns)
         finally:
-            close = getattr(blocks, "close", None)
-            if close is not None:
+            starter.shutdown(wait=False, cancel_futures=True)
+            if later.done():
+                close = getattr(blocks, "close", lambda: None)
                 close()
+
+    def _blocks(self) -> Iterator[dict[str, Any]]:
+        """Asks Ray for the share of every step that its tasks prepare."""
+        return iter(
+            self._iterator.iter_batches(
+                batch_size=self._config.batch_size,
+                batch_format="numpy",
+                prefetch_batches=self._config.prefetch_batches,
+            )
+        )
 
     def _batch(self, step: int, columns: dict[str, Any]) -> Batch:
         """Checks a step's rows and wraps its arrays."""
@@ -358,6 +346,22 @@ class TrainStream:
             {name: _tensor(columns[f"tokens_{name}"]) for name in self._config.tokenizers},
             **{name: _tensor(columns[name]) for name in EMBEDDINGS if name in columns},
         )
+
+
+def own_columns(config: StreamConfig, step: int, rank: int) -> dict[str, Any]:
+    """Reads, decodes and tokenises one worker's share of a step in this process.
+
+    Raises:
+        ShardChanged: A shard no longer fits the manifest.
+    """
+    shards = config.manifest.shards
+    tables = [
+        table
+        for segment in config.order.segments(step, step + 1)
+        for table in read_segment(segment, tuple(shards[n] for n in segment.shards), config.reading)
+    ]
+    share = pa.concat_tables(tables).slice(rank * config.batch_size, config.batch_size)
+    return finish(share.combine_chunks(), config.plan)
 
 
 def _next(blocks: Iterator[dict[str, Any]]) -> dict[str, Any] | None:

@@ -40,6 +40,7 @@ from kdscale.stages.loop import (
     learning_rate,
     micro_batches,
     parameter_groups,
+    to_device,
 )
 
 SIGMOID_BIAS = -10.0
@@ -186,8 +187,8 @@ class DistillTask:
 
     def _encode_fn(self, batch: Batch) -> Callable[[slice, bool], tuple[Tensor, ...]]:
         spec, device = self.student.spec, self.world.device
-        images = batch.images[spec.image_px].to(device, non_blocking=True)
-        tokens = batch.tokens[spec.tokens_name].to(device, non_blocking=True)
+        images = to_device(batch.images[spec.image_px], device)
+        tokens = to_device(batch.tokens[spec.tokens_name], device)
         rows = torch.as_tensor(batch.rows % self.recipe.global_batch_size)
 
         def encode(part: slice, replay: bool) -> tuple[Tensor, ...]:
@@ -233,7 +234,7 @@ class DistillTask:
             image, text = batch.teacher_image, batch.teacher_text
             if image is None or text is None:
                 raise CacheMissing(f"the batch of step {batch.step} has no teacher embeddings")
-            moved = [half.to(self.world.device).float() for half in (image, text)]
+            moved = [to_device(half, self.world.device).float() for half in (image, text)]
             return gather_rows(moved[0]), gather_rows(moved[1]), self.cached_scale
         if self.teacher is None:
             return None, None, None
@@ -241,8 +242,8 @@ class DistillTask:
         spec, device = self.teacher.spec, self.world.device
         found: list[tuple[Tensor, Tensor]] = []
         for part in self.parts:
-            pixels = normalise(batch.images[spec.image_px][part].to(device), spec)
-            tokens = batch.tokens[spec.tokens_name][part].to(device)
+            pixels = normalise(to_device(batch.images[spec.image_px][part], device), spec)
+            tokens = to_device(batch.tokens[spec.tokens_name][part], device)
             with autocast(self.recipe.precision or "fp32", device):
                 found.append((model.encode_image(pixels), model.encode_text(tokens)))
         image, text = (torch.cat(column).float() for column in zip(*found, strict=True))

@@ -6,13 +6,14 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import ray.data
 import ray.train
 import ray.train.torch
 import torch
@@ -32,9 +33,9 @@ from kdscale.data.samples import Batch, Crop
 from kdscale.data.stream import (
     StreamConfig,
     TrainStream,
-    actor_map,
     data_config,
     execution_options,
+    quiet,
     train_dataset,
 )
 from kdscale.models.preprocess import tokenizer
@@ -139,6 +140,46 @@ def embed(job: EmbedJob) -> None:
     except Exception as error:
         raise_failed([job], error)
     finish(job, summary, time.time() - started)
+
+
+def actor_map(
+    items: Sequence[int],
+    make: Callable[[], Callable[[int], dict[str, Any]]],
+    *,
+    num_actors: int,
+    resources: Mapping[str, float],
+) -> Iterator[dict[str, Any]]:
+    """Maps numbers through a pool of Ray Data actors and yields the results as they come.
+
+    Args:
+        items: What to map; each is a task of its own, done again elsewhere if its actor dies.
+        make: Called once per actor; gives the function that maps one item to a flat row.
+        num_actors: Actors at most.
+        resources: CPU and GPU of one actor.
+    """
+
+    class Actor:
+        """Holds what is expensive to make."""
+
+        def __init__(self) -> None:
+            self._work = make()
+
+        def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+            (item,) = batch["item"]
+            return {name: [value] for name, value in self._work(int(item)).items()}
+
+    dataset = ray.data.from_items(
+        [{"item": item} for item in items], override_num_blocks=len(items)
+    )
+    dataset = dataset.map_batches(
+        Actor,
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(num_actors, len(items))),
+        num_cpus=resources.get("CPU", 1.0),
+        num_gpus=resources.get("GPU", 0.0) or None,
+    )
+    quiet(dataset)
+    yield from dataset.iter_rows()
 
 
 def stream_config(job: DistillJob) -> StreamConfig:
