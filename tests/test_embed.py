@@ -18,6 +18,7 @@ from worlds import PX, vit
 
 import kdscale.stages.distill as distill_module
 from kdscale.core.config import DataSpec, Distill, Embed, Execution, TowerSpec
+from kdscale.core.journal import read_steps
 from kdscale.core.types import CacheCorrupt, CacheMismatch, CacheMissing, ConfigError, StorageError
 from kdscale.data.blocks import Plan, Reading, finish, read_segment
 from kdscale.data.order import Order
@@ -326,3 +327,29 @@ def test_the_views_of_the_benchmark_are_evaluation_crops(
     _, values = read_sidecar(job.cache, "eval", labelled.shards[0])
     assert values.dtype == np.float32
     assert values.shape == (13, 32)
+
+
+@pytest.mark.ray
+def test_a_pool_of_actors_writes_what_one_process_writes(
+    ray_cluster: Any, tmp_path: Path, manifest: Manifest
+):
+    from kdscale.stages.worker import embed
+
+    alone, pooled = (
+        embed_job(distill_job(tmp_path / name, manifest, tall(48, 16)))
+        for name in ("alone", "pooled")
+    )
+    fill(alone)
+    (number, *_) = pending(pooled)
+    Embedder(pooled, device="cpu")(number)  # left by an earlier attempt; not done again
+    run = Execution(num_workers=2, cpus_per_worker=0.5)
+    embed(replace(pooled, recipe=pooled.recipe.replace(run=run)))
+    assert pooled.stage.is_done()
+    assert len(read_steps(pooled.stage)) == len(shards_of(pooled)) - 1
+    assert read_summary(pooled.cache) == read_summary(alone.cache)
+    for part in alone.cache.parts():
+        for entry in manifest.shards:
+            (_, expected), (_, values) = (
+                read_sidecar(job.cache, part, entry) for job in (alone, pooled)
+            )
+            assert np.array_equal(values, expected)

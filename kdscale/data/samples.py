@@ -117,20 +117,6 @@ def decode(data: bytes, divisor: int = 1) -> np.ndarray[Any, np.dtype[np.uint8]]
     raise BadImage("undecodable", reason)
 
 
-def image_size(data: bytes) -> tuple[int, int]:
-    """Returns an image's height and width in pixels, as `decode` would give them.
-
-    Raises:
-        BadImage: As `decode`.
-    """
-    if data[:2] == b"\xff\xd8":
-        with suppress(ValueError):
-            height, width, *_ = simplejpeg.decode_jpeg_header(data)
-            return int(height), int(width)
-    height, width, _ = _decode_other(data).shape
-    return height, width
-
-
 def _check_size(height: int, width: int) -> None:
     """Refuses sizes that no honest photograph of a web data set has."""
     if height * width > MAX_PIXELS:
@@ -222,28 +208,62 @@ def render(
 ) -> dict[int, np.ndarray[Any, np.dtype[np.uint8]]]:
     """Decodes an image and renders one crop of it at every size: {px: (px, px, 3) uint8}.
 
-    A JPEG whose crop is at least twice as large as the picture wanted is decoded at a half or a
-    quarter of its size, where libjpeg is fast. Each size is treated alone, so that what a student
-    sees does not depend on its teacher's size.
+    Raises:
+        BadImage: As `decode`.
+    """
+    picture = Picture(data)
+    box = crop_box(key, view, crop, picture.height, picture.width)
+    return {px: picture.cut(box, px) for px in sizes}
+
+
+class Picture:
+    """An encoded image, decoded as far as the crops that are cut from it need.
+
+    Args:
+        data: Its bytes.
 
     Raises:
         BadImage: As `decode`.
     """
-    height, width = image_size(data)
-    top, left, box_h, box_w = crop_box(key, view, crop, height, width)
-    decoded: dict[int, np.ndarray[Any, Any]] = {}
-    found: dict[int, np.ndarray[Any, np.dtype[np.uint8]]] = {}
-    for px in sizes:
-        divisor = next((d for d in DIVISORS if min(box_h, box_w) >= d * px), 1)
-        if divisor not in decoded:
-            decoded[divisor] = decode(data, divisor)
-        image = decoded[divisor]
-        by = 1 if image.shape[:2] == (height, width) else divisor
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._decoded: dict[int, np.ndarray[Any, Any]] = {}
+        self.height, self.width = self._size()
+
+    def _size(self) -> tuple[int, int]:
+        """Reads the size of a JPEG from its header, of others from their pixels."""
+        if self._data[:2] == b"\xff\xd8":
+            with suppress(ValueError):
+                height, width, *_ = simplejpeg.decode_jpeg_header(self._data)
+                return int(height), int(width)
+        self._decoded[1] = _decode_other(self._data)
+        return self._decoded[1].shape[:2]
+
+    def cut(self, box: tuple[int, int, int, int], px: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Returns a crop as (px, px, 3) uint8.
+
+        A JPEG whose crop is at least twice as large as the picture wanted is decoded at a half or
+        a quarter of its size, where libjpeg is fast. Each size is treated alone, so that what a
+        student sees does not depend on its teacher's size.
+
+        Args:
+            box: Top, left, height and width in pixels of the whole image.
+            px: Side of the picture wanted.
+
+        Raises:
+            BadImage: As `decode`.
+        """
+        top, left, height, width = box
+        divisor = next((d for d in DIVISORS if min(height, width) >= d * px), 1)
+        if divisor not in self._decoded:
+            self._decoded[divisor] = decode(self._data, divisor)
+        image = self._decoded[divisor]
+        by = 1 if image.shape[:2] == (self.height, self.width) else divisor
         # Rounded to its pixels: the crop moves by at most half a pixel of the picture wanted.
-        first, last = round(top / by), round((top + box_h) / by)
-        start, stop = round(left / by), round((left + box_w) / by)
-        found[px] = resize(image[first:last, start:stop], px)
-    return found
+        first, last = round(top / by), round((top + height) / by)
+        start, stop = round(left / by), round((left + width) / by)
+        return resize(image[first:last, start:stop], px)
 
 
 def view_of(epoch: int, views: int | None) -> int:

@@ -25,7 +25,7 @@ from torch.nn.functional import normalize
 from kdscale.core.storage import Storage, check_lease
 from kdscale.core.types import ShardChanged
 from kdscale.data.raw import RawSample
-from kdscale.data.samples import BadImage, crop_box, decode, resize
+from kdscale.data.samples import BadImage, Picture, crop_box, decode
 from kdscale.data.shards import ShardEntry, changed, read_good
 from kdscale.data.sidecars import EVAL, SUMMARY, TEXT, Values, encode_sidecar, view_name
 from kdscale.models.towers import eval_crop, image_features, load_tower, normalise, tokenizer
@@ -190,20 +190,17 @@ def _each(render: Any, samples: Sequence[RawSample]) -> Values:
 
 
 def _render(sample: RawSample, job: EmbedJob, entry: ShardEntry) -> Values:
-    """Decodes a sample once and renders all its crops: (V, H, W, 3) uint8."""
-    recipe, spec = job.recipe, job.recipe.teacher
+    """Renders all crops of a sample: (V, H, W, 3) uint8."""
+    recipe, spec, data = job.recipe, job.recipe.teacher, sample.jpg or b""
     try:
-        image = decode(sample.jpg or b"")
+        if recipe.views == 0:
+            return eval_crop(decode(data), spec)[None]
+        picture = Picture(data)
+        boxes = (
+            crop_box(sample.key, view, job.cache.crop, picture.height, picture.width)
+            for view in range(recipe.views)
+        )
+        return np.stack([picture.cut(box, spec.image_px) for box in boxes])
     except BadImage as error:
         what = f"a bad image under {sample.key!r} ({error})"
         raise ShardChanged(changed(entry.path, what)) from error
-    if recipe.views == 0:
-        return eval_crop(image, spec)[None]
-    crops: list[Values] = []
-    for view in range(recipe.views):
-        top, left, height, width = crop_box(
-            sample.key, view, job.cache.crop, image.shape[0], image.shape[1]
-        )
-        box = image[top : top + height, left : left + width]
-        crops.append(resize(box, spec.image_px))
-    return np.stack(crops)
