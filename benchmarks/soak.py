@@ -17,13 +17,19 @@ from _common import make_shards, table
 
 STORE_BYTES = 512 << 20
 PX = 64
+FIRST_STEP = 16  # the object store has filled by then
 
 
 class Monitor(threading.Thread):
-    """Notes once a second what the object store and all of Ray's processes hold."""
+    """Notes once a second what the object store and all of Ray's processes hold.
 
-    def __init__(self) -> None:
+    Args:
+        marker: File that appears with the first batch; before, processes are still starting.
+    """
+
+    def __init__(self, marker: Path) -> None:
         super().__init__(daemon=True)
+        self.marker = marker
         self.store: list[int] = []
         self.anonymous: list[int] = []
         self.spilled = 0
@@ -32,6 +38,8 @@ class Monitor(threading.Thread):
     def run(self) -> None:
         while not self.stop.wait(1.0):
             used, self.spilled = store_use()
+            if not self.marker.exists():
+                continue
             self.store.append(used)
             self.anonymous.append(anonymous_memory())
 
@@ -69,7 +77,9 @@ def consume(options: dict[str, Any]) -> None:
 
     rank = ray.train.get_context().get_world_rank()
     for batch in TrainStream(ray.train.get_dataset_shard("train"), options["config"], rank):
-        batch.images[PX].sum()
+        batch.images[PX].clone()
+        if batch.step == FIRST_STEP:
+            Path(options["marker"]).touch()
 
 
 def main() -> None:
@@ -90,6 +100,7 @@ def main() -> None:
     pattern = make_shards(options.scratch, 16, 512, px=PX)
     with tempfile.TemporaryDirectory() as root:
         source = find_source(DataSpec(name="soak", urls=pattern), Storage(root))
+        marker = Path(root, "begun")
         epochs = -(-options.samples // source.num_samples)
         config = StreamConfig(source.manifest(), 256, (PX,), epochs=epochs, num_workers=2)
         ray.init(
@@ -99,12 +110,12 @@ def main() -> None:
             log_to_driver=False,
             runtime_env={"env_vars": QUIET},
         )
-        monitor = Monitor()
+        monitor = Monitor(marker)
         monitor.start()
         began = time.perf_counter()
         ray.train.torch.TorchTrainer(
             consume,
-            train_loop_config={"config": config},
+            train_loop_config={"config": config, "marker": str(marker)},
             scaling_config=ray.train.ScalingConfig(
                 num_workers=2, resources_per_worker={"CPU": 0.5}
             ),

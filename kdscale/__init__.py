@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kdscale.core.config import DataSpec, Distill, Execution, MiniWorld, TowerSpec, ZeroShotSpec
+    from kdscale.core.vlm_config import LanguageModelSpec, Lora, QuestionsSpec, Vlm
     from kdscale.sweep.grid import Pivot, Sweep, choose, product, zipped
 
 __version__ = "0.1.0"
@@ -12,22 +13,26 @@ __all__ = [
     "DataSpec",
     "Distill",
     "Execution",
+    "LanguageModelSpec",
+    "Lora",
     "MiniWorld",
     "Pivot",
+    "QuestionsSpec",
     "Sweep",
     "TowerSpec",
+    "Vlm",
     "ZeroShotSpec",
     "choose",
     "product",
     "zipped",
 ]
 _SWEEP = {"Pivot", "Sweep", "choose", "product", "zipped"}
+_VLM = {"LanguageModelSpec", "Lora", "QuestionsSpec", "Vlm"}
 
 
 def __getattr__(name: str) -> Any:
     """Imports on first use: a data task needs none of it, and starts the sooner."""
     if name not in __all__:
         raise AttributeError(f"module 'kdscale' has no attribute {name!r}")
-    return getattr(
-        import_module("kdscale.sweep.grid" if name in _SWEEP else "kdscale.core.config"), name
-    )
+    home = "sweep.grid" if name in _SWEEP else "core.vlm_config" if name in _VLM else "core.config"
+    return getattr(import_module(f"kdscale.{home}"), name)

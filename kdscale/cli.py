@@ -16,11 +16,12 @@ from rich.console import Console
 
 from kdscale.cli_bench import bench
 from kdscale.cli_data import data_app
+from kdscale.cli_export import export
 from kdscale.core.config import Execution
 from kdscale.core.scale import Scale, scale_named
 from kdscale.core.storage import Storage
 from kdscale.core.types import ConfigError
-from kdscale.sweep.grid import Sweep
+from kdscale.sweep.grid import VLM_STAGES, Sweep
 from kdscale.sweep.plan import Plan, make_plan
 from kdscale.sweep.tracking import redacted
 from kdscale.terminal import AsJson, StorageRoot, console, guarded
@@ -83,7 +84,8 @@ def parse_settings(settings: Sequence[str], scale: Scale) -> dict[str, Any]:
     """Turns `--set` options into recipe fields; `distill.` in front of a field is allowed.
 
     Returns:
-        {field: value}; `run` holds only the fields of the execution that are to change.
+        {field: value}; `run` holds only the fields of the execution that are to change,
+        `pretrain` and `finetune` those of one stage of a VLM.
 
     Raises:
         ConfigError: If an option is not of the form `a.b=value`.
@@ -100,8 +102,11 @@ def parse_settings(settings: Sequence[str], scale: Scale) -> dict[str, Any]:
         except ValueError:
             value = text
         name = path.removeprefix("distill.")
+        stage, dot, field = name.partition(".")
         if name.startswith("run."):
-            run[name.removeprefix("run.")] = value
+            run[field] = value
+        elif dot and stage in VLM_STAGES:
+            fields.setdefault(stage, {})[field] = value
         else:
             fields[name] = value
     if run:
@@ -223,3 +228,4 @@ app.command("run")(sweep_command(run_sweep))
 app.command("plan")(sweep_command(show_plan))
 app.command("report")(sweep_command(show_report))
 app.command("status")(sweep_command(show_status))
+app.command("export")(export)

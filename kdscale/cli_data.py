@@ -11,20 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from kdscale.core.config import DataSpec
 from kdscale.core.storage import Storage
 from kdscale.core.types import ConfigError, TooManyBadSamples
-from kdscale.terminal import AsJson, StorageRoot, console, guarded
+from kdscale.terminal import AsJson, StorageRoot, console, guarded, progress_bar
 
 if TYPE_CHECKING:
     from kdscale.data.mix import MixedSource
     from kdscale.data.prepare import Prepared
-    from kdscale.data.shards import Manifest, ShardEntry
+    from kdscale.data.shards import Content, Manifest, ShardEntry
     from kdscale.data.survey import Survey
 
 data_app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
@@ -34,7 +32,11 @@ BAR_CHARACTERS = 30
 
 Pattern = Annotated[str, typer.Argument(help="Shards: a glob, {00000..00999}.tar, or a folder.")]
 BadFraction = Annotated[
-    float, typer.Option("--max-bad-fraction", help="Share of bad samples that is let pass.")
+    float,
+    typer.Option("--max-bad-fraction", min=0, max=1, help="Share of bad samples that is let pass."),
+]
+Talks = Annotated[
+    bool, typer.Option("--conversations", help="Of conversations, with images or without.")
 ]
 
 
@@ -46,6 +48,7 @@ def verify(
     labelled: Annotated[
         bool, typer.Option("--labelled", help="Require an integer label, not a caption.")
     ] = False,
+    conversations: Talks = False,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="One per core.")] = None,
     max_bad_fraction: BadFraction = 0.05,
     as_json: AsJson = False,
@@ -57,12 +60,13 @@ def verify(
 
         # The share of bad samples is judged below, so that the table shows what is wrong.
         spec = DataSpec(name="data", urls=pattern, max_bad_fraction=1.0)
-        store, place = Storage(storage), manifest_place(pattern, labelled=labelled)
+        content = _content(labelled, conversations)
+        store, place = Storage(storage), manifest_place(pattern, content=content)
         began = time.perf_counter()
         with _shard_bar(pattern, as_json) as advance:
             manifest = build_manifest(
                 spec,
-                labelled=labelled,
+                content=content,
                 num_threads=threads,
                 progress=advance,
             )
@@ -78,6 +82,13 @@ def verify(
             raise error
         if not as_json:
             _next("kdscale", "plan", "SWEEP.py", "--storage", storage, "--data", f"NAME={pattern}")
+
+
+def _content(labelled: bool, conversations: bool) -> Content:
+    """Returns what the samples are to be verified for."""
+    if labelled and conversations:
+        raise ConfigError("give --labelled or --conversations, not both")
+    return "labels" if labelled else "conversations" if conversations else "captions"
 
 
 def _too_many(manifest: Manifest, allowed: float) -> TooManyBadSamples | None:
@@ -140,7 +151,7 @@ def inspect(
         from kdscale.data.contact import contact_sheet
         from kdscale.data.survey import survey
 
-        with _bar(as_json) as show:
+        with progress_bar(as_json) as show:
             found = survey(
                 pattern,
                 num_picked=samples,
@@ -201,29 +212,45 @@ def prepare(
     kind: Annotated[
         str, typer.Option("--format", help="auto, table, cc12m (url TAB caption) or llava.")
     ] = "auto",
-    px: Annotated[int, typer.Option("--px", help="Longest shorter side of an image.")] = 256,
+    conversations: Annotated[
+        bool, typer.Option("--conversations", help="Whole conversations of LLaVA's format.")
+    ] = False,
+    px: Annotated[
+        int | None, typer.Option("--px", help="Longest shorter side; 256, of conversations 512.")
+    ] = None,
     quality: Annotated[int, typer.Option("--quality", help="Of JPEGs encoded anew.")] = 90,
     samples_per_shard: Annotated[int, typer.Option("--samples-per-shard")] = 5000,
+    seed: Annotated[int, typer.Option("--seed", help="Order of conversations.")] = 0,
     workers: Annotated[int | None, typer.Option("--workers", help="One per core.")] = None,
     max_bad_fraction: BadFraction = 0.05,
 ) -> None:
     """Make WebDataset shards of a captions file and a folder of images; safe to repeat."""
     with guarded():
         from kdscale.data import prepare as work
-        from kdscale.data.captions import FORMATS
 
-        if kind not in FORMATS:
-            raise ConfigError(f"--format is one of {', '.join(FORMATS)}, got {kind!r}")
+        kind = _format(kind, conversations)
         options: dict[str, Any] = {
             "source": source, "images": images, "out": out, "format": kind, "px": px,
-            "quality": quality, "samples_per_shard": samples_per_shard, "workers": workers,
-            "max_bad_fraction": max_bad_fraction,
+            "quality": quality, "samples_per_shard": samples_per_shard, "seed": seed,
+            "workers": workers, "max_bad_fraction": max_bad_fraction,
         }  # fmt: skip
         began = time.perf_counter()
-        with _bar() as show:
+        with progress_bar() as show:
             outcome = work.prepare(work.Preparation(**options), show)
         console.print(_prepared_table(outcome, out, time.perf_counter() - began))
-        _next("kdscale", "data", "verify", f"{out.rstrip('/')}/*.tar")
+        what = ["--conversations"] if kind == "conversations" else []
+        _next("kdscale", "data", "verify", f"{out.rstrip('/')}/*.tar", *what)
+
+
+def _format(kind: str, conversations: bool) -> str:
+    """Returns the format that two options name together."""
+    from kdscale.data.captions import FORMATS
+
+    if kind not in FORMATS:
+        raise ConfigError(f"--format is one of {', '.join(FORMATS)}, got {kind!r}")
+    if conversations and kind not in ("auto", "llava", "conversations"):
+        raise ConfigError(f"--conversations reads LLaVA's format, not {kind}")
+    return "conversations" if conversations else kind
 
 
 def _prepared_table(outcome: Prepared, out: str, seconds: float) -> Table:
@@ -249,6 +276,7 @@ def mix(
         list[str], typer.Option("--source", help="PATTERN=WEIGHT, passes per epoch; repeatable.")
     ],
     storage: StorageRoot = "runs",
+    conversations: Talks = False,
     max_bad_fraction: BadFraction = 0.05,
 ) -> None:
     """Write a manifest that draws on several data sets, each as often as its weight says."""
@@ -262,7 +290,12 @@ def mix(
         for pattern, weight in work.parse_sources(source).items():
             spec = DataSpec(name=pattern, urls=pattern, max_bad_fraction=max_bad_fraction)
             with _shard_bar(pattern) as advance:
-                manifest = verified(spec, Storage(storage), each_shard=advance)
+                manifest = verified(
+                    spec,
+                    Storage(storage),
+                    content=_content(False, conversations),
+                    each_shard=advance,
+                )
             sources.append(work.MixedSource(pattern, manifest, weight))
         mixed = work.mix(sources)
         _write_file(out, mixed.to_json().encode())
@@ -294,33 +327,12 @@ def _mix_table(sources: list[MixedSource], mixed: Manifest) -> Table:
 
 
 @contextmanager
-def _bar(as_json: bool = False) -> Generator[Callable[[str, int, int | None], None]]:
-    """Shows a progress bar; yields what is told (what is done, how many, of how many or None)."""
-    words = TextColumn("{task.description}", markup=False)
-    columns = (words, BarColumn(), MofNCompleteColumn())
-    target = Console(stderr=True) if as_json else console
-    with Progress(
-        *columns,
-        TimeRemainingColumn(),
-        console=target,
-        transient=True,
-        disable=not target.is_terminal,
-    ) as progress:
-        task = progress.add_task("starting", total=None)
-
-        def show(what: str, done: int, total: int | None) -> None:
-            progress.update(task, description=what, completed=done, total=total)
-
-        yield show
-
-
-@contextmanager
 def _shard_bar(pattern: str, as_json: bool = False) -> Generator[Callable[[ShardEntry], None]]:
     """Shows how many shards are verified; yields what is told of each."""
     from kdscale.data.shards import expand
 
     total = None if pattern.endswith(".json") else len(expand(pattern))
-    with _bar(as_json) as show:
+    with progress_bar(as_json) as show:
         done = 0
 
         def advance(_: ShardEntry) -> None:

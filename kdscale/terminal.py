@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kdscale.core.types import KdscaleError, StageFailed
 
@@ -26,3 +27,24 @@ def guarded() -> Generator[None]:
         Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: ", end="")
         Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(str(error))
         raise typer.Exit(1 if isinstance(error, StageFailed) else 2) from error
+
+
+@contextmanager
+def progress_bar(as_json: bool = False) -> Generator[Callable[[str, int, int | None], None]]:
+    """Shows a progress bar; yields what is told (what is done, how many, of how many or None)."""
+    words = TextColumn("{task.description}", markup=False)
+    columns = (words, BarColumn(), MofNCompleteColumn())
+    target = Console(stderr=True) if as_json else console
+    with Progress(
+        *columns,
+        TimeRemainingColumn(),
+        console=target,
+        transient=True,
+        disable=not target.is_terminal,
+    ) as progress:
+        task = progress.add_task("starting", total=None)
+
+        def show(what: str, done: int, total: int | None) -> None:
+            progress.update(task, description=what, completed=done, total=total)
+
+        yield show

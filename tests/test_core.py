@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
+import re
 import socket
 import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from kdscale.core import storage as storage_module
 from kdscale.core.config import Choice, DataSpec, Distill, Execution, TowerSpec
 from kdscale.core.journal import JournalReader, JournalWriter, read_steps
-from kdscale.core.keys import content_key, describe_callable
+from kdscale.core.keys import content_key, describe_callable, local_files
 from kdscale.core.scale import (
     MINI,
     PAPER,
@@ -26,8 +29,9 @@ from kdscale.core.scale import (
 from kdscale.core.storage import Lease, StageStore, Storage, check_lease
 from kdscale.core.types import ConfigError, LeaseLost, StorageError, UnknownField, UnknownName
 from kdscale.data.raw import expand
-from kdscale.sweep.plan import Stage
-from kdscale.sweep.progress import stage_state
+from kdscale.sweep.grid import Sweep
+from kdscale.sweep.plan import Stage, make_plan
+from kdscale.sweep.progress import print_plan, stage_state
 
 
 def recipe(**fields: object) -> Distill:
@@ -125,6 +129,38 @@ def test_specs_may_stand_where_names_do() -> None:
     tower = MINI.students["vit_t16"]
     assert isinstance(tower, TowerSpec)
     assert key(recipe(student=tower.replace(name="mine"))) == key(recipe())
+
+
+def test_files_of_a_directory_enter_the_key(tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    tower = TowerSpec(name="mine", clip_config="ViT-B-16", weights=str(weights), width=768)
+
+    def planned() -> str:
+        sweep = Sweep(name="x", stages=[recipe(teacher=tower)])
+        (stage,) = make_plan([sweep], Storage(str(tmp_path)), PAPER, {}).stages
+        return stage
+
+    assert local_files(recipe(teacher=tower)) == {}
+    weights.mkdir()
+    (weights / "open_clip_model.safetensors").write_bytes(b"first")
+    first = planned()
+    assert planned() == first
+    (weights / "open_clip_model.safetensors").write_bytes(b"other")
+    assert planned() != first
+
+
+def test_a_plan_counts_shards_and_says_when_a_cache_costs_more(tmp_path: Path) -> None:
+    sweep = Sweep(name="x", stages=[recipe(teacher=None, loss="clip"), recipe()])
+    online, cached = (
+        make_plan([sweep], Storage(str(tmp_path)), MINI, {"views": 5, "teacher_outputs": outputs})
+        for outputs in ("online", "cached")
+    )
+    assert online.trials[0].key == cached.trials[0].key  # the control has no teacher to cache
+    assert online.trials[1].key != cached.trials[1].key
+    text = io.StringIO()
+    print_plan(cached, Console(file=text, width=300))
+    assert re.search(r"embed mini CLIP B/16 x 5 .* 16 shards", text.getvalue())
+    assert re.search(r"cached \S+ \(2\.0 times more\) with 5 views", text.getvalue())
 
 
 def test_a_callable_enters_by_name_and_source() -> None:

@@ -74,6 +74,22 @@ def test_from_prepare_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         assert [s.caption for s in samples] == captions
 
 
+def test_a_benchmark_plans_no_more_than_it_can_use(shards: str):
+    from kdscale.sweep.throughput import steps_within
+
+    counts = build_manifest(DataSpec(name="t", urls=shards), num_threads=1).counts
+    cores, steps = os.cpu_count() or 1, steps_within(seconds=20, batch_size=32)
+    assert steps * 32 > 20 * cores * 5000
+    assert len(Order(counts, 0, 32, None, steps).segments()) < cores * 10_000
+
+
+def test_a_share_lies_between_none_and_all(shards: str):
+    for share in (-0.1, 5):
+        found = run("verify", shards, "--max-bad-fraction", share)
+        assert found.exit_code == 2
+        assert "Invalid value for '--max-bad-fraction'" in found.output
+
+
 def test_verify_shows_what_is_wrong_and_keeps_nothing(tmp_path: Path, write_tar: Any):
     path = write_tar(tmp_path / "a.tar", [*pair("a", 1), *pair("b", 2), ("c.txt", b"x")])
     command = ["verify", path, "--storage", tmp_path / "runs"]
@@ -190,7 +206,7 @@ def test_a_part_of_a_shard_is_always_the_same(shards: str):
 def test_manifests_of_before_keep_their_hash(shards: str):
     whole = manifest_of(shards)
     rows = [(s.sha256, s.num_samples, s.keys_digest, s.quarantine) for s in whole.shards]
-    text = json.dumps([whole.version, whole.labelled, rows])
+    text = json.dumps([whole.version, False, rows])
     assert whole.hash == hashlib.sha256(text.encode()).hexdigest()
     assert "take" not in whole.to_json()
     half = mix([MixedSource(shards, whole, 0.5)])
@@ -206,7 +222,7 @@ def test_mixes_that_mean_nothing(shards: str):
     for sources, match in (
         ([source, replace(source, pattern="again")], "already part of"),
         ([replace(source, manifest=mix([replace(source, weight=0.5)]))], "a mix"),
-        ([replace(source, manifest=Manifest(whole.shards, labelled=True))], "labelled"),
+        ([replace(source, manifest=Manifest(whole.shards, "labels"))], "labelled"),
         ([replace(source, weight=0.001)], "leaves none"),
     ):
         with pytest.raises(DataError, match=match):
@@ -216,7 +232,7 @@ def test_mixes_that_mean_nothing(shards: str):
         with pytest.raises(ConfigError, match="--source"):
             parse_sources(items)
     with pytest.raises(DataError, match="read whole"):
-        next(iter(read_labelled(Manifest(mix([replace(source, weight=0.5)]).shards, True))))
+        next(iter(read_labelled(Manifest(mix([replace(source, weight=0.5)]).shards, "labels"))))
 
 
 def test_mix_command_and_its_use_as_data(shards: str, tmp_path: Path, write_tar: Any):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import resource
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import pair
@@ -19,7 +22,14 @@ from worlds import PX, vit
 import kdscale.stages.distill as distill_module
 from kdscale.core.config import DataSpec, Distill, Embed, Execution, TowerSpec
 from kdscale.core.journal import read_steps
-from kdscale.core.types import CacheCorrupt, CacheMismatch, CacheMissing, ConfigError, StorageError
+from kdscale.core.types import (
+    CacheCorrupt,
+    CacheMismatch,
+    CacheMissing,
+    ConfigError,
+    ShardChanged,
+    StorageError,
+)
 from kdscale.data.blocks import Plan, Reading, finish, read_segment
 from kdscale.data.order import Order
 from kdscale.data.samples import Batch, Crop, render
@@ -27,8 +37,9 @@ from kdscale.data.shards import Manifest, build_manifest, read_tar
 from kdscale.data.sidecars import read_sidecar, read_summary, view_name
 from kdscale.models.preprocess import tokenizer
 from kdscale.models.towers import build_clip, normalise
-from kdscale.stages.embed import Embedder, pending, shards_of
-from kdscale.stages.embed import finish as finish_embed
+from kdscale.stages.by_shard import finish as finish_embed
+from kdscale.stages.by_shard import shards_of
+from kdscale.stages.embed import Embedder, pending
 from kdscale.stages.jobs import DistillJob, EmbedJob, embed_recipe
 from kdscale.stages.loop import World
 from kdscale.sweep.check import check_cacheable
@@ -257,11 +268,32 @@ def test_a_rotten_file_is_named(filled: EmbedJob, manifest: Manifest) -> None:
         rotten = bytearray(whole)
         rotten[whole.index(content)] ^= 0x01
         path.write_bytes(bytes(rotten))
-        with pytest.raises(CacheCorrupt, match=r"is damaged: .* digest"):
+        with pytest.raises(CacheCorrupt, match=r"is damaged .*digest"):
             read_sidecar(filled.cache, view_name(0), entry)
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CacheCorrupt, match=r"is damaged"):
         read_sidecar(filled.cache, view_name(0), entry)
+
+
+def test_rot_in_what_a_file_says_of_itself_is_named(filled: EmbedJob, manifest: Manifest) -> None:
+    entry = manifest.shards[0]
+    path = Path(filled.cache.path(view_name(0), entry))
+    whole = path.read_bytes()
+    for at in range(len(whole) - 900, len(whole), 3):  # the Parquet footer
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with suppress(CacheCorrupt, CacheMismatch):
+            read_sidecar(filled.cache, view_name(0), entry)
+    table = pq.read_table(io.BytesIO(whole))
+    nameless = table.set_column(0, "key", table.column("key").cast("binary"))
+    for rotten in (nameless, table.replace_schema_metadata({b"kdscale": b'{"shape": [24]}'})):
+        pq.write_table(rotten, str(path))
+        with pytest.raises(CacheCorrupt, match=f"damaged .*{filled.stage.url('DONE')}"):
+            read_sidecar(filled.cache, view_name(0), entry)
+    summary = Path(filled.stage.url("output", "cache.json"))
+    for text in (summary.read_text()[:-9], "[]", '{"teacher": "x"}'):
+        summary.write_text(text)
+        with pytest.raises(CacheCorrupt, match=r"cache\.json is damaged"):
+            read_summary(filled.cache)
 
 
 def test_what_the_cache_was_not_made_for_is_named(filled: EmbedJob, manifest: Manifest) -> None:
@@ -320,13 +352,25 @@ own_loss.needs_online_teacher = True  # pyright: ignore[reportFunctionMemberAcce
 def test_the_views_of_the_benchmark_are_evaluation_crops(
     tmp_path: Path, shards: str, manifest: Manifest
 ) -> None:
-    labelled = build_manifest(DataSpec(name="t", urls=shards), labelled=True, num_threads=1)
+    labelled = build_manifest(DataSpec(name="t", urls=shards), content="labels", num_threads=1)
     recipe = Embed(teacher=tall(224, 32), data=DataSpec(name="t"), views=0, captions=0)
     job = EmbedJob("f" * 16, str(tmp_path), recipe, labelled, {})
     fill(job)
     _, values = read_sidecar(job.cache, "eval", labelled.shards[0])
     assert values.dtype == np.float32
     assert values.shape == (13, 32)
+
+
+def test_a_shard_that_has_changed_under_its_keys_is_not_embedded(
+    tmp_path: Path, write_tar: Any
+) -> None:
+    path = write_tar(tmp_path / "a.tar", [part for i in range(8) for part in pair(f"k{i}", i)])
+    manifest = build_manifest(DataSpec(name="t", urls=str(path)))
+    path.write_bytes(path.read_bytes().replace(b"number 3", b"number 4"))
+    job = embed_job(distill_job(tmp_path, manifest, tall(224, 32)))
+    with pytest.raises(ShardChanged, match=r"a\.tar changed .* other contents"):
+        Embedder(job, device="cpu")(0)
+    assert pending(job) == [0]
 
 
 @pytest.mark.ray

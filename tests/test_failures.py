@@ -15,6 +15,7 @@ from kdscale.core.types import (
     PrecisionError,
     StageFailed,
     StageRefused,
+    StorageError,
     TrainingDiverged,
     final_cause,
 )
@@ -59,6 +60,19 @@ def test_a_worker_notes_only_what_another_attempt_would_meet_again(tmp_path: Pat
     assert (noted["message"], noted["final"]) == ("TrainingDiverged: the loss is nan", True)
     stage.forget_failure()
     assert stage.failure() is None
+
+
+def test_a_full_disk_is_told_in_our_words(tmp_path: Path) -> None:
+    from kdscale.stages.worker import raise_failed
+
+    full = StorageError("cannot write /x: No space left on device; free it")
+    full.__cause__ = OSError(28, "No space left on device")
+    for error in (full, Wrapped(cause=full), Wrapped(worker_failures={0: Wrapped(cause=full)})):
+        with pytest.raises(StageFailed, match="distill a failed: StorageError: cannot write /x"):
+            raise_failed([job(tmp_path, "a")], error)
+        stage = job(tmp_path, "a").stage
+        assert (stage.failure() or {"final": None})["final"] is False
+        stage.forget_failure()
 
 
 def test_a_group_that_ray_restarts_after_a_final_error_does_nothing(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ LAYERS = {
     "cli": 5,
     "cli_bench": 4,
     "cli_data": 4,
+    "cli_export": 4,
     "terminal": 1,
 }
 UPWARD = {("sweep/grid.py", "cli")}  # `sweep.main()` makes a sweep file a program

@@ -142,5 +142,9 @@ def test_a_run_of_the_papers_size_is_cheap():
 
 def test_views_repeat_or_not():
     assert [view_of(epoch, None) for epoch in range(4)] == [0, 1, 2, 3]
-    assert [view_of(epoch, 2) for epoch in range(4)] == [0, 1, 0, 1]
+    for seed in range(4):
+        shown = [view_of(epoch, 3, seed) for epoch in range(12)]
+        assert all(sorted(shown[start : start + 3]) == [0, 1, 2] for start in range(0, 12, 3))
+    orders = {tuple(view_of(epoch, 3, seed) for epoch in range(3)) for seed in range(40)}
+    assert len(orders) == 6
     assert np.unique([view_of(epoch, 1) for epoch in range(4)]).tolist() == [0]

@@ -302,12 +302,12 @@ def test_labels(tmp_path: Path, write_tar):
     path = write_tar(
         tmp_path / "a.tar", [*parts, ("k5.jpg", jpeg(5)), ("k5.json", b'{"label": "1"}')]
     )
-    manifest = manifest_of(path, labelled=True)
+    manifest = manifest_of(path, content="labels")
     assert manifest.causes() == {"missing_label": 1}
     assert [(key, label) for key, label, _ in read_labelled(manifest)] == [
         (f"k{i}", i) for i in range(4)
     ]
-    with pytest.raises(DataError, match="labelled=True"):
+    with pytest.raises(DataError, match="content='labels'"):
         next(iter(read_labelled(Manifest(manifest.shards))))
 
 
@@ -397,7 +397,7 @@ def test_one_box_serves_every_size():
 
 
 def test_labels_must_name_classes(shards: str) -> None:
-    manifest = build_manifest(DataSpec(name="t", urls=shards), labelled=True, num_threads=1)
+    manifest = build_manifest(DataSpec(name="t", urls=shards), content="labels", num_threads=1)
     manifest = Manifest.from_json(manifest.to_json())
     assert manifest.shards[0].labels == (0, 9)
     check_labels(manifest, 10, "ten")

@@ -56,9 +56,9 @@ def test_choices_combine_zip_and_repeat_by_seed() -> None:
 def test_the_quickstart_shares_its_teachers(tmp_path: Path) -> None:
     plan = plan_of(load_sweep(SWEEPS / "quickstart.py"), tmp_path)
     kinds = [stage.kind for stage in plan.stages.values()]
-    assert (len(plan.trials), kinds.count("teacher"), kinds.count("distill")) == (5, 2, 5)
+    assert (len(plan.trials), kinds.count("teacher"), kinds.count("distill")) == (6, 2, 5)
     teachers = [key for key, stage in plan.stages.items() if stage.kind == "teacher"]
-    assert [plan.shared_by(key) for key in teachers] == [2, 2]
+    assert [plan.shared_by(key) for key in teachers] == [2, 3]
     document = plan.document()
     fields = {
         "kind",
@@ -78,7 +78,7 @@ def test_the_quickstart_shares_its_teachers(tmp_path: Path) -> None:
 def test_two_sweeps_are_planned_as_one_union(tmp_path: Path) -> None:
     quickstart = load_sweep(SWEEPS / "quickstart.py")
     union = make_plan([quickstart, quickstart], Storage(str(tmp_path)), MINI, {})
-    assert (len(union.trials), len(union.stages)) == (10, 7)
+    assert (len(union.trials), len(union.stages)) == (12, 10)
 
 
 def test_a_finished_stage_is_reused(tmp_path: Path) -> None:
@@ -316,7 +316,7 @@ def printed(plan: Plan) -> str:
 def test_plan_prints_json(tmp_path: Path) -> None:
     line = ["plan", str(SWEEPS / "quickstart.py"), "--storage", str(tmp_path), "--json"]
     document = json.loads(CliRunner().invoke(app, line).stdout)
-    assert set(document) == {"trials", "stages", "cost", "teacher_cache"}
+    assert set(document) == {"trials", "stages", "cost", "teacher_cache", "feature_cache"}
 
 
 @pytest.mark.parametrize(

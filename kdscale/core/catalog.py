@@ -195,10 +195,27 @@ STUDENTS: dict[str, TowerSpec] = {
     ),
 }
 
+# The configs are those of the published models and serve random weights of true size; weights from
+# the hub bring their own.
 LANGUAGE_MODELS: dict[str, LanguageModelSpec] = {
     "qwen2_0_5b": LanguageModelSpec(
         name="Qwen2-0.5B",
         weights="Qwen/Qwen2-0.5B",
+        config={
+            "model_type": "qwen2",
+            "vocab_size": 151_936,
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 131_072,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": True,
+            "bos_token_id": 151_643,
+            "eos_token_id": 151_643,
+        },
         hidden=896,
         context_length=131072,
         mparams=494.03,
@@ -206,6 +223,21 @@ LANGUAGE_MODELS: dict[str, LanguageModelSpec] = {
     "smollm_360m": LanguageModelSpec(
         name="SmolLM-360M",
         weights="HuggingFaceTB/SmolLM-360M",
+        config={
+            "model_type": "llama",
+            "vocab_size": 49_152,
+            "hidden_size": 960,
+            "intermediate_size": 2560,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 15,
+            "num_key_value_heads": 5,
+            "max_position_embeddings": 2048,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": True,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        },
         hidden=960,
         context_length=2048,
         mparams=361.82,

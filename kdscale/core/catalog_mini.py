@@ -19,9 +19,11 @@ from kdscale.core.config import (
     TowerSpec,
     ZeroShotSpec,
 )
+from kdscale.core.vlm_config import LanguageModelSpec, QuestionsSpec
 
 BPE_VOCAB = 730
 SP_VOCAB = 125
+LANGUAGE_VOCAB = 768  # rows, a multiple of 64; the tokens are fewer
 SIGLIP_MEAN = (0.5, 0.5, 0.5)
 SIGLIP_STD = (0.5, 0.5, 0.5)
 DATA_PX = 64
@@ -224,8 +226,55 @@ MINI_STUDENTS: dict[str, TowerSpec] = {
 }
 MINI_DATA: dict[str, DataSpec] = {
     "cc12m": world("mini CC12M", 11, 8192, caption_noise=0.3),
-    "bunny_laion_2m": world("mini LAION-2M", 12, 2048, caption_noise=0.2),
-    "llava_pretrain_558k": world("mini LLaVA-Pretrain", 13, 512, caption_noise=0.0),
+    "bunny_laion_2m": world("mini LAION-2M", 12, 2048, caption_noise=0.2, content="pretrain"),
+    "llava_pretrain_558k": world("mini LLaVA-Pretrain", 13, 512, content="pretrain"),
+    "llava_mix_665k": world("mini LLaVA mix", 14, 8192, content="instruct"),
+    "bunny_695k": world("mini Bunny mix", 15, 8192, content="instruct"),
+}
+_LANGUAGE: dict[str, Any] = {
+    "vocab_size": LANGUAGE_VOCAB,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    # With the usual 0.02 a model this narrow learns far slower, and where its head is frozen it
+    # could never be sure of a token.
+    "initializer_range": 0.1,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+MINI_LANGUAGE_MODELS: dict[str, LanguageModelSpec] = {
+    "qwen2_0_5b": LanguageModelSpec(
+        name="mini Qwen2",
+        config={
+            **_LANGUAGE,
+            "model_type": "qwen2",
+            "hidden_size": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 384,
+        },
+        tokenizer="mini_lm",
+        hidden=128,
+        context_length=512,
+        mparams=0.887,
+    ),
+    "smollm_360m": LanguageModelSpec(
+        name="mini SmolLM",
+        config={
+            **_LANGUAGE,
+            "model_type": "llama",
+            "hidden_size": 120,
+            "num_hidden_layers": 5,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "intermediate_size": 320,
+        },
+        tokenizer="mini_lm",
+        hidden=120,
+        context_length=512,
+        mparams=0.861,
+    ),
 }
 MINI_ZERO_SHOT: dict[str, ZeroShotSpec] = {
     "imagenet": ZeroShotSpec(
@@ -246,4 +295,23 @@ MINI_SIZES: dict[str, Any] = {
     "epoch_divisor": 32,
     "warmup_divisor": 100,
     "lr_factor": 4.0,
+}
+_ASKED = MiniWorld(split="eval", content="instruct", num_samples=2800, image_px=DATA_PX, seed=98)
+MINI_QUESTIONS: dict[str, QuestionsSpec] = {
+    "scenes": QuestionsSpec(
+        name="mini questions",
+        mini=_ASKED,
+        max_new_tokens=8,
+    ),
+}
+_VLM_SIZES: dict[str, Any] = {
+    "precision": "fp32",
+    "global_batch_size": 32,
+    "micro_batch_size": 32,
+    "group_size": 32,
+    "max_length": 512,
+}
+MINI_VLM_SIZES: dict[str, dict[str, Any]] = {
+    "pretrain": {"fields": {**_VLM_SIZES, "epochs": 2}, "lr_factor": 2.0},
+    "finetune": {"fields": {**_VLM_SIZES, "epochs": 2}, "lr_factor": 100.0},
 }

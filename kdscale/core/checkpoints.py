@@ -44,17 +44,33 @@ class Checkpoints:
         """Reads a checkpoint."""
         return self._stage.storage.read(*self._stage.parts, "checkpoints", _name(step))
 
+    def save_part(self, step: int, rank: int, state: bytes) -> None:
+        """Writes what another worker adds to a checkpoint, before the first one completes it."""
+        self._stage.storage.write(state, *self._stage.parts, "checkpoints", _part(step, rank))
+
+    def load_part(self, step: int, rank: int) -> bytes:
+        """Reads what `save_part` wrote."""
+        return self._stage.storage.read(*self._stage.parts, "checkpoints", _part(step, rank))
+
     def _write(self, step: int, state: bytes) -> None:
         storage, parts = self._stage.storage, (*self._stage.parts, "checkpoints")
         storage.write(state, *parts, _name(step))
         for old in self._steps()[: -self._keep]:
             storage.remove(*parts, _name(old))
+            for name in storage.names(*parts):
+                if name.startswith(f"step-{old:09d}-") and name.endswith(".part"):
+                    storage.remove(*parts, name)
 
     def _steps(self) -> list[int]:
         names = self._stage.storage.names(*self._stage.parts, "checkpoints")
         return sorted(
             int(name[5:-3]) for name in names if name.startswith("step-") and name.endswith(".pt")
         )
+
+
+def _part(step: int, rank: int) -> str:
+    """Names a worker's part of a checkpoint, which counts only once the whole is there."""
+    return f"step-{step:09d}-{rank}.part"
 
 
 def _name(step: int) -> str:

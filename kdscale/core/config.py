@@ -23,6 +23,7 @@ from pydantic.config import JsonDict
 from kdscale.core.types import ConfigError, UnknownField
 
 NOT_IN_KEY: JsonDict = {"in_key": False}
+IN_KEY_UNLESS_DEFAULT: JsonDict = {"in_key": "unless default"}  # for fields that came later
 Precision = Literal["fp32", "bf16", "fp16"]
 Mode = Literal["paper", "corrected"]
 STAGE_WEIGHTS = "stage:"  # in front of <kind>/<key> of the stage that trained the tower
@@ -140,6 +141,9 @@ class MiniWorld(Spec):
         num_samples: Images in the split.
         image_px: Side of the drawn images.
         caption_noise: Fraction of the captions that describe another scene.
+        content: `captions` pairs each image with a caption; `pretrain` puts the same pairs into
+            one-question conversations as well; `instruct` holds conversations of several rounds
+            on scenes of its own, some without an image.
     """
 
     split: Literal["train", "eval"] = "train"
@@ -147,6 +151,9 @@ class MiniWorld(Spec):
     samples_per_shard: int = Field(default=512, gt=0)
     image_px: int = Field(default=64, gt=7)
     caption_noise: float = Field(default=0.0, ge=0.0, le=1.0)
+    content: Annotated[
+        Literal["captions", "pretrain", "instruct"], Field(json_schema_extra=IN_KEY_UNLESS_DEFAULT)
+    ] = "captions"
     seed: int = 0
 
 
@@ -200,6 +207,7 @@ class Execution(Spec):
         micro_batch_size: Samples per forward pass of one worker; None means all of its share.
         checkpoint_every: Optimizer steps between checkpoints (and evaluations).
         log_every: Steps between two flushes of the journal.
+        deepspeed: Train VLM stages under DeepSpeed, at the ZeRO stage of their recipe.
     """
 
     num_workers: int = Field(default=1, ge=0)
@@ -212,6 +220,7 @@ class Execution(Spec):
     checkpoint_every: int = Field(default=1000, gt=0)
     keep_checkpoints: int = Field(default=2, gt=0)
     log_every: int = Field(default=50, gt=0)
+    deepspeed: bool = False
     max_failures: int = Field(default=3, ge=-1)
 
     @property
@@ -221,10 +230,16 @@ class Execution(Spec):
 
 
 class Recipe(Spec):
-    """Base of stage recipes: any field may also hold a `Choice`, validated option by option."""
+    """Base of stage recipes: any field may also hold a `Choice`, validated option by option.
+
+    Attributes:
+        run: How the stage is run; None takes the scale's.
+    """
 
     kind: ClassVar[str]
     version: ClassVar[int]
+
+    run: Annotated[Execution | None, Field(json_schema_extra=NOT_IN_KEY)] = None
 
     @field_validator("*", mode="wrap")
     @classmethod
@@ -263,7 +278,6 @@ class Embed(Recipe):
     crop_seed: int = 0
     precision: Precision = "fp32"
     max_samples: int | None = Field(default=None, gt=0)
-    run: Annotated[Execution | None, Field(json_schema_extra=NOT_IN_KEY)] = None
 
 
 class Distill(Recipe):
@@ -321,7 +335,11 @@ class Distill(Recipe):
     seed: int = 0
     precision: Precision | None = None
     zero_shot: str | ZeroShotSpec | None = "imagenet"
-    run: Annotated[Execution | None, Field(json_schema_extra=NOT_IN_KEY)] = None
+
+    @property
+    def output(self) -> Distill:
+        """The student that this recipe trains, for the `vision` of a VLM in the same sweep."""
+        return self
 
     @model_validator(mode="after")
     def _teacher_and_loss_agree(self) -> Self:

@@ -6,14 +6,17 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, cast
 
 from pydantic import BaseModel
 
-from kdscale.core.config import NOT_IN_KEY, Choice, DataSpec, Spec
+from kdscale.core.config import IN_KEY_UNLESS_DEFAULT, NOT_IN_KEY, Choice, DataSpec, Spec
 from kdscale.core.types import ConfigError
 
 KEY_LENGTH = 16
+_BUILT_IN = ("random", "clip_bpe", "siglip", "mini_bpe", "mini_sp")  # whatever lies beside
 
 
 def content_key(
@@ -59,7 +62,7 @@ def describe(value: Any, manifests: Mapping[str, str]) -> Any:
         return {
             name: describe(getattr(value, name), manifests)
             for name, field in type(value).model_fields.items()
-            if _in_key(field.json_schema_extra)
+            if _in_key(field.json_schema_extra, getattr(value, name) == field.default)
         }
     if isinstance(value, Mapping):
         entries = cast("Mapping[Any, Any]", value).items()
@@ -90,6 +93,38 @@ def describe_callable(function: Callable[..., Any]) -> dict[str, str]:
     return {"callable": f"{function.__module__}.{name}", "source": source}
 
 
-def _in_key(extra: Any) -> bool:
+def local_files(recipe: Spec) -> dict[str, Any]:
+    """Describes the files in the local directories that a recipe's towers and models name.
+
+    Returns:
+        For `more` of `content_key`: other weights in the same directory make another stage.
+        Empty where no tower names a directory that is here.
+    """
+    parts = [getattr(recipe, name) for name in type(recipe).model_fields]
+    known = [part for part in parts if isinstance(part, Spec)]
+    named = ("weights", "tokenizer")
+    places = {p for k in known for n in named if isinstance(p := getattr(k, n, None), str)}
+    folders = {p: Path(p).expanduser() for p in places if p not in _BUILT_IN}
+    found = {place: _contents(path) for place, path in folders.items() if path.is_dir()}
+    return {"files": found} if found else {}
+
+
+def _contents(folder: Path) -> dict[str, str]:
+    """Hashes the files of a directory: {name: SHA-256}."""
+    files = [(file, file.stat()) for file in folder.iterdir() if file.is_file()]
+    return {f.name: _file_digest(str(f), s.st_size, s.st_mtime_ns) for f, s in files}
+
+
+@lru_cache(maxsize=256)
+def _file_digest(path: str, _size: int, _changed_ns: int) -> str:
+    """Hashes a file, once while it does not change: weights are gigabytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _in_key(extra: Any, is_default: bool) -> bool:
     """Tells whether a field's metadata lets it into the key."""
-    return not (isinstance(extra, Mapping) and cast("Mapping[str, Any]", extra) == NOT_IN_KEY)
+    if not isinstance(extra, Mapping):
+        return True
+    rule = cast("Mapping[str, Any]", extra)
+    return rule != NOT_IN_KEY and not (is_default and rule == IN_KEY_UNLESS_DEFAULT)

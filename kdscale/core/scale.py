@@ -23,6 +23,7 @@ from kdscale.core.config import (
     ZeroShotSpec,
 )
 from kdscale.core.types import unknown_name
+from kdscale.core.vlm_config import LanguageModelSpec, QuestionsSpec, VlmStage
 
 
 class Sizes(Spec):
@@ -34,6 +35,18 @@ class Sizes(Spec):
     lr_factor: float = Field(default=1.0, gt=0)
 
 
+class VlmSizes(Spec):
+    """How a scale shrinks a VLM stage.
+
+    Attributes:
+        fields: Recipe fields set whatever the recipe says.
+        lr_factor: Multiplies its learning rates.
+    """
+
+    fields: dict[str, Any] = Field(default_factory=dict)
+    lr_factor: float = Field(default=1.0, gt=0)
+
+
 class Scale(Spec):
     """A meaning for every role.
 
@@ -42,6 +55,8 @@ class Scale(Spec):
         random_weights: Replace every pretrained weight by a random one (walks, photographs).
         teachers: Role to tower, or to the recipe of the stage that trains it.
         data_paths: Where the user's shards are, by data set; "" for every set without a path.
+        vlm_sizes: What becomes of `pretrain` and `finetune` stages.
+        vlm_run: Execution of the VLM stages, None for that of the others.
     """
 
     name: str
@@ -52,8 +67,12 @@ class Scale(Spec):
     data: dict[str, DataSpec]
     zero_shot: dict[str, ZeroShotSpec]
     data_paths: dict[str, str] = Field(default_factory=dict)
+    language_models: dict[str, LanguageModelSpec] = Field(default_factory=dict)
+    questions: dict[str, QuestionsSpec] = Field(default_factory=dict)
     sizes: Sizes = Sizes()
+    vlm_sizes: dict[str, VlmSizes] = Field(default_factory=dict)
     run: Execution = Execution()
+    vlm_run: Execution | None = None
 
 
 PAPER = Scale(
@@ -63,8 +82,17 @@ PAPER = Scale(
     students=dict(catalog.STUDENTS),
     data=dict(catalog.DATA),
     zero_shot=dict(catalog.ZERO_SHOT),
+    language_models=dict(catalog.LANGUAGE_MODELS),
     run=Execution(
         num_workers=16, cpus_per_worker=2, gpus_per_worker=1, cpus_per_data_task=1, data_cpus=64
+    ),
+    vlm_run=Execution(
+        num_workers=4,
+        cpus_per_worker=2,
+        gpus_per_worker=1,
+        cpus_per_data_task=1,
+        data_cpus=16,
+        deepspeed=True,
     ),
 )
 MINI = Scale(
@@ -74,7 +102,10 @@ MINI = Scale(
     students=dict(catalog_mini.MINI_STUDENTS),
     data=dict(catalog_mini.MINI_DATA),
     zero_shot=dict(catalog_mini.MINI_ZERO_SHOT),
+    language_models=dict(catalog_mini.MINI_LANGUAGE_MODELS),
+    questions=dict(catalog_mini.MINI_QUESTIONS),
     sizes=Sizes(**catalog_mini.MINI_SIZES),
+    vlm_sizes={kind: VlmSizes(**sizes) for kind, sizes in catalog_mini.MINI_VLM_SIZES.items()},
     run=Execution(
         num_workers=0,
         cpus_per_worker=0.5,
@@ -82,17 +113,29 @@ MINI = Scale(
         checkpoint_every=32,
         log_every=8,
     ),
+    vlm_run=Execution(
+        num_workers=0,
+        cpus_per_worker=0.5,
+        threads_per_worker=2,
+        checkpoint_every=128,
+        log_every=8,
+    ),
 )
 TRUE_SIZE_CPU = PAPER.replace(
     name="true_size_cpu",
     precision="fp32",
     random_weights=True,
+    vlm_sizes={
+        kind: VlmSizes(fields={"precision": "fp32", "global_batch_size": 2, "micro_batch_size": 2})
+        for kind in ("pretrain", "finetune")
+    },
     run=Execution(
         num_workers=2,
         cpus_per_worker=0.5,
         checkpoint_every=5,
         log_every=1,
     ),
+    vlm_run=Execution(num_workers=0, cpus_per_worker=0.5, checkpoint_every=5, log_every=1),
 )
 SCALES = {scale.name: scale for scale in (PAPER, MINI, TRUE_SIZE_CPU)}
 
@@ -140,6 +183,42 @@ def resolve(recipe: Distill, scale: Scale, overrides: Mapping[str, Any] | None =
     batch = resolved.global_batch_size
     group = resolved.bn_group or default_bn_group(batch)
     return resolved.replace(bn_group=max(2, min(group, batch)))
+
+
+def resolve_vlm(stage: VlmStage, scale: Scale, overrides: Mapping[str, Any]) -> VlmStage:
+    """Fills in a VLM stage's data path, sizes, precision and execution; roles are specs already.
+
+    Args:
+        stage: A stage without open choices.
+        scale: What the roles mean.
+        overrides: Fields set last; a mapping under `run` changes single fields of the execution.
+    """
+    sizes = scale.vlm_sizes.get(stage.kind, VlmSizes())
+    run = stage.run or scale.vlm_run or scale.run
+    projector_lr = stage.projector_lr and stage.projector_lr * sizes.lr_factor
+    changes: dict[str, Any] = {
+        "data": with_path(lookup("data set", stage.data, scale.data), scale),
+        "precision": stage.precision or scale.precision,
+        "lr": stage.lr * sizes.lr_factor,
+        "projector_lr": projector_lr,
+        "run": run,
+    }
+    changes |= sizes.fields | dict(overrides)
+    if isinstance(changes["run"], Mapping):
+        changes["run"] = run.replace(**changes["run"])
+    return stage.replace(**changes)
+
+
+def language_model(value: str | LanguageModelSpec, scale: Scale) -> LanguageModelSpec:
+    """Returns the language model that a role means.
+
+    Where the scale draws weights, its config gives the dimensions, and the miniature tokenizer
+    stands in for one that would have to be downloaded.
+    """
+    spec: LanguageModelSpec = lookup("language model", value, scale.language_models)
+    if not scale.random_weights or spec.config is None:
+        return spec
+    return spec.replace(weights="random", tokenizer=spec.tokenizer or "mini_lm")
 
 
 def default_bn_group(global_batch_size: int) -> int:

@@ -120,6 +120,27 @@ class Storage:
             self.fs.get(self.path(*parts) + "/", target + "/", recursive=True)
             yield target
 
+    @contextmanager
+    def local_file(self, *parts: str) -> Generator[Path]:
+        """Yields where to write a file that is too large for memory.
+
+        What lies there when the block ends is in the storage, whole; after an error nothing is.
+        """
+        target = self.path(*parts)
+        try:
+            beside = Path(target).parent if self.is_local else None
+            if beside is not None:
+                beside.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".", dir=beside) as folder:
+                written = Path(folder, parts[-1])
+                yield written
+                if self.is_local:
+                    os.replace(written, target)
+                else:
+                    self.fs.put_file(str(written), target)
+        except OSError as error:
+            raise _unwritable(self.url(*parts), error) from error
+
     def remove(self, *parts: str) -> None:
         """Removes a file or a whole directory; an absent one is no error."""
         if self.exists(*parts):

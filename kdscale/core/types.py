@@ -22,6 +22,22 @@ class UnknownField(ConfigError):
     """A recipe or spec was given a field that it does not have."""
 
 
+class UnknownStage(UnknownName):
+    """A key that no stage of the storage has."""
+
+
+class AmbiguousStage(ConfigError):
+    """The beginning of several stages' keys."""
+
+
+class WrongStage(ConfigError):
+    """A stage of another kind than is asked for."""
+
+
+class UnfinishedStage(ConfigError):
+    """A stage that has no output yet."""
+
+
 class PrecisionError(ConfigError):
     """A precision that the device cannot compute in at a usable speed."""
 
@@ -51,15 +67,15 @@ class ShardChanged(DataError):
 
 
 class CacheMissing(DataError):
-    """A teacher embedding that should be beside its shard and is not."""
+    """An embedding or feature that should be beside its shard and is not."""
 
 
 class CacheMismatch(DataError):
-    """A teacher cache made for another teacher, crop or shard."""
+    """A cache made for another tower, crop or shard."""
 
 
 class CacheCorrupt(DataError):
-    """A file of the teacher cache that is damaged."""
+    """A file of a cache that is damaged."""
 
 
 class BadManifest(DataError):
@@ -72,6 +88,10 @@ class FolderTaken(DataError):
 
 class WeightsError(KdscaleError):
     """Model weights that are absent or do not fit the architecture."""
+
+
+class ExportMismatch(KdscaleError):
+    """An exported model that does not answer as the original does."""
 
 
 class StorageError(KdscaleError):
@@ -107,18 +127,25 @@ FINAL_ERRORS = (ConfigError, DataError, WeightsError, TrainingDiverged)
 
 
 def final_cause(error: BaseException) -> BaseException | None:
-    """Returns the innermost of `FINAL_ERRORS` that an error stands for, None where there is none.
+    """Returns the innermost of `FINAL_ERRORS` that an error stands for, None where none is."""
+    return _innermost(error, FINAL_ERRORS)
 
-    Looks through what Ray wraps around errors of tasks, workers and controllers.
-    """
+
+def named_cause(error: BaseException) -> BaseException | None:
+    """Returns the innermost error of our own that an error stands for, None where there is none."""
+    return _innermost(error, (KdscaleError,))
+
+
+def _innermost(error: BaseException, kinds: tuple[type, ...]) -> BaseException | None:
+    """Looks through what Ray wraps around errors of tasks, workers and controllers."""
     failures: dict[int, object] = getattr(error, "worker_failures", {})
     inner = [error.__cause__, *(getattr(error, name, None) for name in _WRAPPED)]
     for cause in [*inner, *failures.values()]:
         if isinstance(cause, BaseException) and cause is not error:
-            found = final_cause(cause)
+            found = _innermost(cause, kinds)
             if found is not None:
                 return found
-    return error if isinstance(error, FINAL_ERRORS) else None
+    return error if isinstance(error, kinds) else None
 
 
 _WRAPPED = ("cause", "controller_failure")

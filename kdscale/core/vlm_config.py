@@ -14,7 +14,8 @@ from pydantic import Field, model_validator
 from kdscale.core.config import (
     NOT_IN_KEY,
     DataSpec,
-    Execution,
+    Distill,
+    MiniWorld,
     Precision,
     Recipe,
     Spec,
@@ -23,6 +24,10 @@ from kdscale.core.config import (
 
 Template = Literal["pretrain", "plain", "qwen2_base", "phi", "bunny", "qwen2_instruct", "llama"]
 Trainable = Literal["projector", "projector+llm", "projector+lora"]
+ImageMode = Literal["square", "pad"]
+SiglipTokens = Literal["all", "drop_first"]
+HierarchicalTokens = Literal["last", "stage3"]
+FEATURES_STAGE = "features:"  # in front of the key of the stage that wrote the features
 
 
 class LanguageModelSpec(Spec):
@@ -32,7 +37,7 @@ class LanguageModelSpec(Spec):
         name: What people call it.
         weights: Hub id, a local directory in the hub's layout, or `random`.
         config: A transformers config as a dictionary (`model_type` and its fields), for random
-            weights; None reads the one beside the weights.
+            weights alone; others are read with the config beside them.
         tokenizer: Hub id, local directory, or `mini_lm` for the packaged miniature one; None
             reads the one beside the weights.
         hidden: Width of its token embeddings.
@@ -58,6 +63,28 @@ class Lora(Spec):
     rank: int = Field(default=128, gt=0)
     alpha: int = Field(default=256, gt=0)
     dropout: float = Field(default=0.05, ge=0, lt=1)
+
+
+class Features(Recipe):
+    """Run a frozen tower once over the images of conversations and keep its features.
+
+    They are what the projector of a VLM stage reads; `VlmStage` explains the fields of one name.
+
+    Attributes:
+        precision: What the tower computes in; the features are fp16.
+        seed: Draws random weights; without a meaning for others.
+    """
+
+    kind: ClassVar[str] = "features"
+    version: ClassVar[int] = 1
+
+    vision: TowerSpec
+    data: DataSpec
+    image_mode: ImageMode = "square"
+    siglip_tokens: SiglipTokens = "all"
+    hierarchical_tokens: HierarchicalTokens = "last"
+    precision: Precision = "fp32"
+    seed: int = 0
 
 
 class VlmStage(Recipe):
@@ -90,6 +117,7 @@ class VlmStage(Recipe):
         precision: None takes the scale's.
         zero_stage: DeepSpeed's ZeRO stage where the execution uses DeepSpeed.
         feature_cache: Read the tower's features from an own stage instead of running it.
+        features: `features:<key>` of that stage; a plan fills it in where `feature_cache` is set.
         attention: `auto` takes flash-attention 2 where GPU and package are there, else SDPA.
     """
 
@@ -102,9 +130,9 @@ class VlmStage(Recipe):
     template: Template = "qwen2_base"
     trainable: Trainable = "projector"
     lora: Lora | None = None
-    image_mode: Literal["square", "pad"] = "square"
-    siglip_tokens: Literal["all", "drop_first"] = "all"
-    hierarchical_tokens: Literal["last", "stage3"] = "last"
+    image_mode: ImageMode = "square"
+    siglip_tokens: SiglipTokens = "all"
+    hierarchical_tokens: HierarchicalTokens = "last"
     lr: float = Field(default=1e-3, gt=0)
     projector_lr: float | None = Field(default=None, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
@@ -122,10 +150,13 @@ class VlmStage(Recipe):
     precision: Precision | None = None
     zero_stage: Annotated[Literal[2, 3], Field(json_schema_extra=NOT_IN_KEY)] = 2
     feature_cache: Annotated[bool, Field(json_schema_extra=NOT_IN_KEY)] = False
+    features: Annotated[
+        str | None,
+        Field(pattern=f"^{FEATURES_STAGE}[0-9a-f]{{16}}$", json_schema_extra=NOT_IN_KEY),
+    ] = None
     attention: Annotated[
         Literal["auto", "sdpa", "flash_attention_2"], Field(json_schema_extra=NOT_IN_KEY)
     ] = "auto"
-    run: Annotated[Execution | None, Field(json_schema_extra=NOT_IN_KEY)] = None
 
     @model_validator(mode="after")
     def _sizes_and_parts_agree(self) -> Self:
@@ -159,3 +190,57 @@ class Finetune(VlmStage):
 
     trainable: Trainable = "projector+llm"
     projector: str | None = Field(default=None, pattern="^stage:pretrain/[0-9a-f]{16}$")
+
+
+class QuestionsSpec(Spec):
+    """Questions with images and gold answers, which a VLM is asked.
+
+    Attributes:
+        mini: The miniature world to ask about.
+        max_new_tokens: Length of an answer.
+    """
+
+    name: Annotated[str, Field(json_schema_extra=NOT_IN_KEY)]
+    mini: MiniWorld
+    max_new_tokens: int = Field(default=16, gt=0)
+
+
+class Evaluate(Recipe):
+    """Ask a VLM questions, with the images and without them.
+
+    Attributes:
+        model: `stage:finetune/<key>` of the VLM, which holds its template and image processing.
+    """
+
+    kind: ClassVar[str] = "evaluate"
+    version: ClassVar[int] = 1
+
+    model: str = Field(pattern="^stage:finetune/[0-9a-f]{16}$")
+    questions: QuestionsSpec
+    precision: Precision = "fp32"
+
+
+class Vlm(Recipe):
+    """A VLM from a vision tower: projector pretraining, fine-tuning, questions.
+
+    A plan expands it to a `Pretrain`, a `Finetune` and an `Evaluate`.
+
+    Attributes:
+        vision: A role, a tower, or `distill.output`: the student of a recipe of the same sweep.
+        llm: A role or a language model.
+        recipe: A name in `kdscale.core.vlm_recipes.VLM_RECIPES`.
+        pretrain: Fields of `Pretrain` that differ from the recipe's.
+        finetune: Fields of `Finetune` that differ.
+        questions: What the finished model is asked, None for nothing.
+    """
+
+    kind: ClassVar[str] = "vlm"
+    version: ClassVar[int] = 1
+
+    vision: str | TowerSpec | Distill
+    llm: str | LanguageModelSpec = "qwen2_0_5b"
+    recipe: str = "tinyllava"
+    pretrain: dict[str, Any] = Field(default_factory=dict)
+    finetune: dict[str, Any] = Field(default_factory=dict)
+    questions: str | QuestionsSpec | None = None
+    seed: int = 0

@@ -5,6 +5,7 @@ Arrow tables in, Arrow tables or arrays out; nothing here knows of Ray.
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,12 +19,13 @@ import pyarrow as pa
 
 from kdscale.core.types import DataError, ShardChanged
 from kdscale.data.order import Segment
+from kdscale.data.raw import RawSample
 from kdscale.data.samples import BadImage, Crop, caption_of, render, view_of
 from kdscale.data.shards import ShardEntry, changed, read_good
 from kdscale.data.sidecars import TEXT, CacheRef, check_keys, read_sidecar, view_name
 
 Tokenizer = Callable[[list[str]], Any]
-Found = list[tuple[str, str, bytes] | None]
+Found = list[tuple[str, str, bytes | None] | None]
 
 EMBEDDINGS = ("teacher_image", "teacher_text")
 _READ_ROWS = 1024
@@ -37,11 +39,19 @@ class Reading:
         views: Distinct crops per sample, None for a new one each epoch.
         captions: Captions that the epochs take in turn.
         cache: Teacher embeddings to read beside the shards.
+        conversations: Whether a sample's text is its conversation, as JSON, and no caption.
     """
 
     views: int | None = None
     captions: int = 1
     cache: CacheRef | None = None
+    conversations: bool = False
+
+    def text(self, sample: RawSample, epoch: int) -> str:
+        """Returns what an epoch shows of a sample's text."""
+        if self.conversations:
+            return json.dumps(sample.meta["conversations"])
+        return sample.captions(self.captions)[caption_of(epoch, self.captions)]
 
 
 def read_segment(
@@ -53,18 +63,21 @@ def read_segment(
     its shards, and a shard is trusted only once it has been read to the end.
 
     Yields:
-        Tables with columns row, epoch, shard, key, caption, jpg and, with a cache,
-        teacher_image and teacher_text.
+        Tables with columns row, epoch, shard, place (among the shard's usable samples), key,
+        caption, jpg (null where a conversation has none) and, with a cache, teacher_image and
+        teacher_text.
     """
     slots, places = segment.positions()
     found: Found = [None] * segment.num_rows
     cached: dict[str, np.ndarray[Any, Any]] = {}
+    place_of = np.empty(segment.num_rows, np.int32)
     for slot, entry in enumerate(entries):
         rows = np.flatnonzero(slots == slot)
         if not len(rows):
             continue
         used = entry.used_places()
         own = places[rows] if used is None else used[places[rows]]
+        place_of[rows] = own
         keys = _read_shard(segment, entry, rows, own, reading, found)
         for name, values in _read_cache(segment, entry, keys, reading).items():
             whole = cached.setdefault(name, np.empty((len(slots), values.shape[1]), np.float16))
@@ -78,6 +91,7 @@ def read_segment(
             "row": np.arange(start, stop, dtype=np.int64) + segment.first_row,
             "epoch": np.full(stop - start, segment.epoch, np.int64),
             "shard": shard_of[start:stop],
+            "place": place_of[start:stop],
             "key": pa.array(keys, pa.string()),
             "caption": pa.array(captions, pa.string()),
             "jpg": pa.array(images, pa.large_binary()),
@@ -96,15 +110,13 @@ def _read_shard(
     """Puts a shard's samples where the segment wants them and returns all its keys."""
     target = np.full(entry.num_samples, -1, np.int64)
     target[places] = rows
-    chosen = caption_of(segment.epoch, reading.captions)
     keys: list[str] = []
     fs, path = fsspec.core.url_to_fs(entry.path)
     # Not strict: the reader itself complains of too many or too few, by name.
     for row, sample in zip(_endless(target.tolist()), read_good(path, fs, entry), strict=False):
         keys.append(sample.key)
         if row >= 0:
-            caption = sample.captions(reading.captions)[chosen]
-            found[row] = (sample.key, caption, sample.jpg or b"")
+            found[row] = (sample.key, reading.text(sample, segment.epoch), sample.jpg)
     return keys
 
 
@@ -115,7 +127,7 @@ def _read_cache(
     cache = reading.cache
     if cache is None:
         return {}
-    view = view_name(view_of(segment.epoch, reading.views))
+    view = view_name(view_of(segment.epoch, reading.views, segment.seed))
     found: dict[str, np.ndarray[Any, Any]] = {}
     for name, part in zip(EMBEDDINGS, (view, TEXT), strict=True):
         known, values = read_sidecar(cache, part, entry)
@@ -151,6 +163,7 @@ class Plan:
     Attributes:
         tokenizers: {name: pickled function that makes the tokenizer}.
         paths: The shards' places, to name one in an error.
+        seed: The run's, which chooses the order of the views.
     """
 
     crop: Crop
@@ -158,6 +171,7 @@ class Plan:
     sizes: tuple[int, ...]
     tokenizers: dict[str, bytes]
     paths: tuple[str, ...]
+    seed: int = 0
 
 
 def finish(table: pa.Table, plan: Plan) -> dict[str, Any]:
@@ -181,7 +195,7 @@ def finish(table: pa.Table, plan: Plan) -> dict[str, Any]:
         shards = table.column("shard").to_pylist()
         images = {px: np.empty((len(keys), px, px, 3), np.uint8) for px in plan.sizes}
         for i, data in enumerate(table.column("jpg").to_pylist()):
-            view = view_of(int(columns["epoch"][i]), plan.views)
+            view = view_of(int(columns["epoch"][i]), plan.views, plan.seed)
             try:
                 crops = render(data, keys[i], view, plan.crop, plan.sizes)
             except BadImage as error:
@@ -192,7 +206,7 @@ def finish(table: pa.Table, plan: Plan) -> dict[str, Any]:
         columns |= {f"image_{px}": pixels for px, pixels in images.items()}
     captions = table.column("caption").to_pylist()
     for name, payload in plan.tokenizers.items():
-        tokens = np.asarray(_tokenizer(payload)(captions), np.int64)
+        tokens = np.asarray(made(payload)(captions), np.int64)
         if tokens.ndim != 2 or len(tokens) != len(captions):
             raise DataError(f"tokenizer {name!r} made {tokens.shape} of {len(captions)} captions")
         columns[f"tokens_{name}"] = tokens
@@ -204,6 +218,6 @@ def finish(table: pa.Table, plan: Plan) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=8)
-def _tokenizer(payload: bytes) -> Tokenizer:
-    """Makes a tokenizer once per process."""
+def made(payload: bytes) -> Any:
+    """Calls a pickled function without arguments, once per process, for what is slow to make."""
     return pickle.loads(payload)()

@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from kdscale.core.types import ConfigError, DataError, unknown_name
+from kdscale.data.faults import conversation_fault, mentions_image, num_words
+from kdscale.data.order import permutation
+from kdscale.data.templates import rounds
 
-FORMATS = ("auto", "table", "cc12m", "llava")
+FORMATS = ("auto", "table", "cc12m", "llava", "conversations")
 IMAGE_COLUMNS = ("image", "filename", "file", "filepath", "path", "image_path")
 CAPTION_COLUMNS = ("caption", "text", "title")
 SUFFIXES = (".tsv", ".csv", ".json", ".jsonl")
@@ -32,7 +35,7 @@ class Row:
 
     Attributes:
         number: Place among the lines, good or bad, without the header.
-        image: Path of the image, or its URL in CC12M's list.
+        image: Path of the image, or its URL in CC12M's list; empty where a conversation has none.
         meta: What the sample's `.json` keeps.
         cause: What makes the line unusable, None where nothing does.
     """
@@ -49,18 +52,21 @@ class Captions:
 
     Args:
         path: A `.tsv`, `.csv`, `.json` or `.jsonl` file.
-        kind: One of `FORMATS`; `auto` looks at the beginning of the file.
+        kind: One of `FORMATS`; `auto` looks at the beginning of the file. `llava` takes LLaVA's
+            jsons as image-text pairs, `conversations` takes them whole.
+        seed: Decides the order of conversations; other rows keep the file's.
 
     Raises:
         DataError: There is no such file, or it is of no known format.
     """
 
-    def __init__(self, path: str, kind: str = "auto") -> None:
+    def __init__(self, path: str, kind: str = "auto", seed: int = 0) -> None:
         if kind not in FORMATS:
             raise unknown_name("format", kind, FORMATS)
         self.path = Path(path)
         if not self.path.is_file():
             raise DataError(f"there is no captions file {path}")
+        self.seed = seed
         self.kind = self._detect() if kind == "auto" else kind
 
     def __iter__(self) -> Iterator[Row]:
@@ -71,7 +77,9 @@ class Captions:
         """
         if self.kind == "cc12m":
             return self._links()
-        return self._conversations() if self.kind == "llava" else self._table()
+        if self.kind == "conversations":
+            return self._conversations()
+        return self._first_answers() if self.kind == "llava" else self._table()
 
     def _detect(self) -> str:
         """Names the format by the file's suffix and its first lines."""
@@ -95,6 +103,11 @@ class Captions:
             yield Row(number, url.strip(), caption.strip(), {"url": url.strip()}, cause)
 
     def _conversations(self) -> Iterator[Row]:
+        """Reads whole conversations in an order drawn once, so that every shard holds all kinds."""
+        for number in permutation(len(self._list), "conversations", self.seed).tolist():
+            yield _conversation(number, self._list[number])
+
+    def _first_answers(self) -> Iterator[Row]:
         """Reads image-text pairs written as conversations; the first answer is the caption."""
         for number, record in enumerate(self._records()):
             if record is None:
@@ -167,7 +180,9 @@ class Captions:
 
     @cached_property
     def _list(self) -> list[Record]:
-        """The objects of a JSON file, read once."""
+        """The objects of a JSON file, read once; those of other files as well, where needed."""
+        if self.path.suffix != ".json":
+            return list(self._records())
         text = self.path.read_bytes().decode("utf-8-sig", "surrogateescape")
         try:
             value = json.loads(text)
@@ -193,6 +208,29 @@ def _judged(number: int, image: Any, caption: Any, meta: Mapping[str, Any]) -> R
     if not isinstance(caption, str):
         return Row(number, image.strip(), meta=meta, cause="missing_caption")
     return Row(number, image.strip(), caption.strip(), meta, caption_fault(caption))
+
+
+def _conversation(number: int, record: Record) -> Row:
+    """Makes a row of a conversation that may have no image."""
+    if record is None:
+        return Row(number, cause="bad_row")
+    turns: Any = record.get("conversations")
+    image: Any = record.get("image") or ""
+    cause = conversation_fault(turns)
+    if cause is not None:
+        return Row(number, str(image), cause=cause)
+    if not isinstance(image, str) or (not image.strip() and mentions_image(turns)):
+        return Row(number, str(image), cause="missing_image")
+    meta = {
+        "id": str(record.get("id", number)),
+        "conversations": [{name: turn[name] for name in ("from", "value")} for turn in turns],
+        "n_words": num_words(turns),
+        "modality": "image" if image.strip() else "text",
+    }
+    answers = [answer for _, answer in rounds(turns)]
+    # A single answer about an image is a caption as well: such shards serve both.
+    caption = answers[0].strip() if image.strip() and len(answers) == 1 else ""
+    return Row(number, image.strip(), caption, meta)
 
 
 def _first_answer(turns: Any) -> Any:

@@ -61,13 +61,19 @@ def mix(sources: Sequence[MixedSource]) -> Manifest:
     """Makes one manifest of several, source after source.
 
     Raises:
-        DataError: A source is labelled or a mix itself, two share a shard, or one is left out
-            because its weight gives no sample.
+        DataError: A source is labelled, of another content than the first or a mix itself, two
+            share a shard, or one is left out because its weight gives no sample.
     """
     owners: dict[str, str] = {}
+    content = sources[0].manifest.content if sources else "captions"
     for source in sources:
-        if source.manifest.labelled:
+        if source.manifest.content == "labels":
             raise DataError(f"{source.pattern} is labelled; only image-text data can be mixed")
+        if source.manifest.content != content:
+            raise DataError(
+                f"{source.pattern} holds {source.manifest.content}, the first source {content}: "
+                "mix data of one content"
+            )
         for shard in source.manifest.shards:
             if shard.take is not None or shard.path in owners:
                 raise DataError(
@@ -76,7 +82,7 @@ def mix(sources: Sequence[MixedSource]) -> Manifest:
                     "and no mix as a source"
                 )
             owners[shard.path] = source.pattern
-    return Manifest(tuple(entry for source in sources for entry in _copies(source)))
+    return Manifest(tuple(entry for source in sources for entry in _copies(source)), content)
 
 
 def _copies(source: MixedSource) -> list[ShardEntry]:

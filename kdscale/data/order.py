@@ -4,6 +4,9 @@ Each epoch permutes the shards, groups neighbours into windows that fit in a rea
 permutes the samples of each window together. Rows are numbered through the whole run: step s
 trains on rows [s * G, (s + 1) * G), whoever computes them. What is left of an epoch after its
 last whole global batch is dropped. Nothing here knows of workers, files or Ray.
+
+Where lengths are given, a window is drawn in megabatches of one modality and like length, as
+LLaVA and TinyLLaVA draw a whole epoch.
 """
 
 from __future__ import annotations
@@ -24,6 +27,25 @@ Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(frozen=True)
+class Grouping:
+    """How one window is drawn in megabatches.
+
+    Attributes:
+        size: Samples of a megabatch.
+        micro: Samples of a micro-batch; divides `size`.
+        lead: Samples before the window's first whole megabatch, which complete the last one of
+            the window before.
+        lengths: Words of each of the window's samples, shard after shard; negative for samples
+            without an image, as in the manifest.
+    """
+
+    size: int
+    micro: int
+    lead: int
+    lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Segment:
     """A run of rows that one reader produces: a slice of one window's permutation.
 
@@ -35,6 +57,7 @@ class Segment:
         counts: Usable samples of each of these shards.
         start: First place in the window's permutation; `stop` is one past the last.
         first_row: The row number, within the whole run, of the first sample.
+        grouping: Megabatches of the window, None where its samples are merely permuted.
     """
 
     seed: int
@@ -45,6 +68,7 @@ class Segment:
     start: int
     stop: int
     first_row: int
+    grouping: Grouping | None = None
 
     @property
     def num_rows(self) -> int:
@@ -59,7 +83,10 @@ class Segment:
             usable samples.
         """
         ends = np.cumsum(self.counts)
-        order = permutation(int(ends[-1]), "window", self.seed, self.epoch, self.window)
+        name = (self.seed, self.epoch, self.window)
+        order = permutation(int(ends[-1]), "window", *name)
+        if self.grouping is not None:
+            order = grouped(order, self.grouping, *name)
         chosen = order[self.start : self.stop]
         slot = np.searchsorted(ends, chosen, side="right")
         return slot, chosen - np.concatenate(([0], ends))[slot]
@@ -74,6 +101,9 @@ class Order:
         epochs: Passes over the data; `total_steps` may end the run earlier (and, where
             `epochs` is None, alone says how long it is).
         window_samples: Samples that are permuted together at most, but always a whole shard.
+        group_size: Samples of a megabatch of one modality; None draws without regard to it.
+        micro_batch_size: Samples of a micro-batch; a megabatch holds whole ones.
+        lengths: Words of every sample, as `Manifest.lengths` gives them; read with `group_size`.
     """
 
     counts: tuple[int, ...]
@@ -82,11 +112,15 @@ class Order:
     epochs: int | None = None
     total_steps: int | None = None
     window_samples: int = WINDOW_SAMPLES
+    group_size: int | None = None
+    micro_batch_size: int = 1
+    lengths: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         if self.epochs is None and self.total_steps is None:
             raise ConfigError("an order needs epochs or total_steps to know where it ends")
-        for name in ("global_batch_size", "epochs", "total_steps", "window_samples"):
+        sizes = ("global_batch_size", "window_samples", "group_size", "micro_batch_size")
+        for name in ("epochs", "total_steps", *sizes):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
@@ -96,6 +130,21 @@ class Order:
             raise DataError(
                 f"{self.num_samples} samples are fewer than one global batch of "
                 f"{self.global_batch_size}: use more data or a smaller batch"
+            )
+        if self.group_size is not None:
+            self._check_grouping(self.group_size)
+
+    def _check_grouping(self, size: int) -> None:
+        """Checks that megabatches hold whole micro-batches and that all lengths are known."""
+        if size % self.micro_batch_size:
+            raise ConfigError(
+                f"a group_size of {size} does not hold whole micro-batches of "
+                f"{self.micro_batch_size}"
+            )
+        if self.lengths is None or tuple(map(len, self.lengths)) != self.counts:
+            raise DataError(
+                "an order with group_size needs the length of every sample: verify the data as "
+                "conversations"
             )
 
     @cached_property
@@ -187,10 +236,18 @@ class Segments(Sequence[Segment]):
         self, line: tuple[int, int, int, int, int], windows: tuple[tuple[int, ...], ...]
     ) -> Segment:
         """Fills a line of the table in."""
+        order = self._order
         epoch, window, start, stop, row = line
         shards = windows[window]
-        counts = tuple(self._order.counts[shard] for shard in shards)
-        return Segment(self._order.seed, epoch, window, shards, counts, start, stop, row)
+        counts = tuple(order.counts[shard] for shard in shards)
+        grouping = None
+        if order.group_size is not None:
+            assert order.lengths is not None
+            before = row - start - epoch * order.steps_per_epoch * order.global_batch_size
+            lengths = tuple(length for shard in shards for length in order.lengths[shard])
+            lead = -before % order.group_size
+            grouping = Grouping(order.group_size, order.micro_batch_size, lead, lengths)
+        return Segment(order.seed, epoch, window, shards, counts, start, stop, row, grouping)
 
 
 def _table(order: Order, from_step: int, to_step: int) -> Ints:
@@ -220,3 +277,52 @@ def permutation(size: int, *name: object) -> Ints:
     digest = blake2b("\0".join(map(str, name)).encode(), digest_size=16).digest()
     raw = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(size)
     return np.argsort(raw, kind="stable").astype(np.int64)
+
+
+def grouped(order: Ints, grouping: Grouping, *name: object) -> Ints:
+    """Rearranges a window's permutation into megabatches of one modality and like length.
+
+    Each modality is cut, in the order of the permutation, into megabatches, each of which is
+    dealt to its micro-batches; the megabatches are then shuffled. What is left of both modalities
+    stands at the window's ends: megabatches begin at whole multiples of their size, counted from
+    the start of the epoch, whatever the size of the windows before.
+
+    Args:
+        order: (N,) permutation of the window's samples.
+        grouping: Sizes and the N lengths.
+        name: Names the shuffle of the megabatches.
+
+    Returns:
+        (N,) the same places in another order.
+
+    Source: LLaVA's `get_modality_length_grouped_indices`, per window instead of per epoch.
+    """
+    size = grouping.size
+    lengths = np.asarray(grouping.lengths, np.int64)
+    whole: list[Ints] = []
+    left: list[Ints] = []
+    for own in (order[lengths[order] > 0], order[lengths[order] <= 0]):
+        end = len(own) // size * size
+        whole += np.split(own[:end], end // size) if end else []
+        left.append(own[end:])
+    shuffled = permutation(len(whole), "groups", *name).tolist()
+    lead = min(grouping.lead, len(order))
+    while sum(map(len, left)) < lead:
+        left.append(whole[shuffled.pop()])
+    rest = np.concatenate(left)
+    middle = [_dealt(whole[number], lengths, grouping.micro) for number in shuffled]
+    return np.concatenate([rest[:lead], *middle, rest[lead:]])
+
+
+def _dealt(group: Ints, lengths: Ints, micro: int) -> Ints:
+    """Deals a megabatch, longest first, each sample to the micro-batch with the fewest words."""
+    words = np.abs(lengths[group])
+    batches: list[list[int]] = [[] for _ in range(len(group) // micro)]
+    loads = [0] * len(batches)
+    for place in np.argsort(-words, kind="stable").tolist():
+        target = min(
+            (b for b in range(len(batches)) if len(batches[b]) < micro), key=loads.__getitem__
+        )
+        batches[target].append(int(group[place]))
+        loads[target] += int(words[place])
+    return np.array(batches, np.int64).reshape(-1)

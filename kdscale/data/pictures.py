@@ -26,6 +26,7 @@ Finder = Callable[[Row], tuple[str, str | None]]
 ORIENTATION_TAG = 0x0112
 _DIGEST = re.compile(r"[0-9a-f]{32}|[0-9a-f]{64}")
 _DIGITS = re.compile(r"[0-9]+")
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp")
 _BESIDE = (".json", ".jsonl", ".txt", ".tsv", ".csv", ".parquet", ".tar")
 _SEVERAL = ""
 
@@ -46,9 +47,19 @@ def finder(captions: Captions, folder: str) -> Finder:
         path = os.path.normpath(os.path.join(root, row.image))
         if not path.startswith(os.path.join(root, "")):
             return row.image, "outside_folder"
+        if captions.kind == "conversations":
+            path = _other_suffix(path)
         return path[len(os.path.join(root, "")) :], None
 
     return find
+
+
+def _other_suffix(path: str) -> str:
+    """Returns a picture's path with the suffix that it has on disk; OCR-VQA's lists say `.jpg`."""
+    if os.path.isfile(path):
+        return path
+    stem = os.path.splitext(path)[0]
+    return next((stem + s for s in _SUFFIXES if os.path.isfile(stem + s)), path)
 
 
 class LinkIndex:
@@ -142,7 +153,7 @@ class Stored:
     kept: bool
 
 
-def store(data: bytes, px: int, quality: int) -> Stored:
+def store(data: bytes, px: int, quality: int, *, gif: bool = False) -> Stored:
     """Shrinks an image to `px` on its shorter side; a JPEG that needs no change keeps its bytes.
 
     Larger images, other formats and images that an orientation tag turns are encoded anew,
@@ -152,11 +163,12 @@ def store(data: bytes, px: int, quality: int) -> Stored:
         data: A whole image file.
         px: Longest that the shorter side may be, in pixels.
         quality: JPEG quality, 1 to 100.
+        gif: Take the first picture of a GIF, too.
 
     Raises:
         BadImage: Truncated, too large to be honest, or not an image.
     """
-    image = decode(data)
+    image = decode(data, gif=gif)
     orientation = orientation_of(data)
     image = upright(image, orientation)
     height, width = image.shape[:2]

@@ -45,6 +45,7 @@ from kdscale.data.tars import (
 
 RECORD, REJECTED = "prepare.json", "rejected.jsonl"
 REPORT_EVERY = 10_000
+CAPTION_PX, CONVERSATION_PX = 256, 512  # 512 keeps COCO's files as they are
 _LEFTOVER = re.compile(r"\..+\.\d+\.tmp")
 _SHARD = re.compile(r"(\d{5,})\.tar")
 Progress = Callable[[str, int, int | None], None]
@@ -58,8 +59,10 @@ class Preparation(Spec):
         images: Folder that the image paths start from.
         out: Folder for the shards.
         format: One of `kdscale.data.captions.FORMATS`.
-        px: Longest that an image's shorter side may be, in pixels.
+        px: Longest that an image's shorter side may be, in pixels; None is 256, and 512 for
+            conversations, which ask about details.
         quality: JPEG quality of what has to be encoded anew.
+        seed: Decides the order of conversations in the shards.
         max_bad_fraction: Share of rejected rows above which it ends with an error.
         workers: Processes, None for one per core; 1 works in this one.
     """
@@ -67,12 +70,18 @@ class Preparation(Spec):
     source: str
     images: str
     out: str
-    format: Literal["auto", "table", "cc12m", "llava"] = "auto"
-    px: int = Field(default=256, gt=0)
+    format: Literal["auto", "table", "cc12m", "llava", "conversations"] = "auto"
+    px: int | None = Field(default=None, gt=0)
     quality: int = Field(default=90, ge=1, le=100)
     samples_per_shard: int = Field(default=5000, gt=0)
+    seed: int = 0
     max_bad_fraction: float = Field(default=0.05, ge=0, le=1)
     workers: int | None = Field(default=None, gt=0)
+
+    @property
+    def largest_px(self) -> int:
+        """`px`, or what stands for None."""
+        return self.px or (CONVERSATION_PX if self.format == "conversations" else CAPTION_PX)
 
 
 @dataclass(frozen=True)
@@ -109,7 +118,7 @@ def prepare(options: Preparation, progress: Progress = lambda *_: None) -> Prepa
         TooManyBadSamples: More rows were rejected than allowed; `rejected.jsonl` names them all.
         EmptyShard: No row gave a sample.
     """
-    captions = Captions(options.source, options.format)
+    captions = Captions(options.source, options.format, options.seed)
     find = finder(captions, options.images)
     record = _describe(options, captions)
     _claim(options.out, record)
@@ -145,10 +154,11 @@ def _describe(options: Preparation, captions: Captions) -> dict[str, Any]:
         "options": {
             "format": captions.kind,
             "images": os.path.abspath(options.images),
-            "px": options.px,
+            "px": options.largest_px,
             "quality": options.quality,
             "samples_per_shard": options.samples_per_shard,
-        },
+        }
+        | ({"seed": options.seed} if captions.kind == "conversations" else {}),
         "finished": False,
     }
 
@@ -203,6 +213,8 @@ def _save(out: str, record: dict[str, Any]) -> None:
 def _resolve(find: Finder, folder: str, row: Row) -> Item | Rejection:
     """Finds a row's image; its size and time of change decide whether it is the same later."""
     image, cause = row.image, row.cause
+    if cause is None and not image:
+        return Item(row.number, "", 0, 0, row.caption, row.meta)
     if cause is None:
         image, cause = find(row)
     if cause is None:
@@ -223,14 +235,14 @@ def _scan(captions: Captions, resolve: Resolve, progress: Progress) -> tuple[lis
     """Looks every row up without opening an image: (rejected rows, number of the others)."""
     rejected: list[Rejection] = []
     num_items = 0
-    for row in captions:
+    for count, row in enumerate(captions):
         found = resolve(row)
         if isinstance(found, Rejection):
             rejected.append(found)
         else:
             num_items += 1
-        if row.number % REPORT_EVERY == 0:
-            progress("looking images up", row.number, None)
+        if count % REPORT_EVERY == 0:
+            progress("looking images up", count, None)
     return rejected, num_items
 
 
@@ -245,10 +257,11 @@ def _jobs(
             number=number,
             out=options.out,
             images=options.images,
-            px=options.px,
+            px=options.largest_px,
             quality=options.quality,
             check_urls=kind == "cc12m",
             items=lot,
+            conversations=kind == "conversations",
         )
         number += 1
 

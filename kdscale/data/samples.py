@@ -22,6 +22,7 @@ import simplejpeg
 from PIL import Image
 
 from kdscale.core.types import DataError
+from kdscale.data.order import permutation
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +82,9 @@ class Batch:
     teacher_text: torch.Tensor | None = None
 
 
-def decode(data: bytes, divisor: int = 1) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def decode(
+    data: bytes, divisor: int = 1, *, gif: bool = False
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Decodes an image to (H, W, 3) uint8 RGB; orientation tags are not applied.
 
     JPEG goes through libjpeg-turbo, other formats and CMYK through Pillow. The size in the
@@ -90,12 +93,13 @@ def decode(data: bytes, divisor: int = 1) -> np.ndarray[Any, np.dtype[np.uint8]]
     Args:
         divisor: Divides both sides (rounding up) of an RGB or grey JPEG, 1, 2 or 4; others are
             decoded at their full size.
+        gif: Take the first picture of a GIF; shards hold none.
 
     Raises:
         BadImage: Truncated, larger than `MAX_PIXELS`, or not an image.
     """
     if data[:2] != b"\xff\xd8":
-        return _decode_other(data)
+        return _decode_other(data, ("GIF",) if gif else ())
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
@@ -103,7 +107,8 @@ def decode(data: bytes, divisor: int = 1) -> np.ndarray[Any, np.dtype[np.uint8]]
     _check_size(int(height), int(width))
     if colorspace in ("CMYK", "YCCK"):
         return _decode_other(data)
-    options = {"min_height": -(-height // divisor), "min_width": -(-width // divisor)}
+    least = [-(-int(side) // divisor) for side in (height, width)]
+    options: dict[str, Any] = {"min_height": least[0], "min_width": least[1]}
     options = {} if divisor == 1 else options
     try:
         return simplejpeg.decode_jpeg(data, **options)
@@ -125,7 +130,7 @@ def _check_size(height: int, width: int) -> None:
         raise BadImage("undecodable", "no pixels")
 
 
-def _decode_other(data: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _decode_other(data: bytes, also: tuple[str, ...] = ()) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Decodes with Pillow, which reads the header first and the pixels on demand.
 
     Of 16 bits a channel the upper eight are taken, as Pillow itself does for colour.
@@ -133,7 +138,7 @@ def _decode_other(data: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            picture = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP", "MPO"))
+            picture = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP", *also, "MPO"))
             _check_size(picture.height, picture.width)
             if picture.mode.startswith("I"):  # `convert` would cut 16 bits of grey off at 255
                 grey = (np.asarray(picture) >> 8).astype(np.uint8)
@@ -266,9 +271,16 @@ class Picture:
         return resize(image[first:last, start:stop], px)
 
 
-def view_of(epoch: int, views: int | None) -> int:
-    """Says which view of a sample an epoch shows: a new one each time, or one of `views`."""
-    return epoch if views is None else epoch % views
+def view_of(epoch: int, views: int | None, seed: int = 0) -> int:
+    """Says which view of a sample an epoch shows.
+
+    A new one each time where `views` is None; else each of them once before any comes again, in
+    an order that the run's seed draws.
+    """
+    if views is None:
+        return epoch
+    turn, place = divmod(epoch, views)
+    return int(permutation(views, "views", seed, turn)[place])
 
 
 def caption_of(epoch: int, captions: int) -> int:

@@ -27,11 +27,13 @@ from kdscale.core.types import (
     ShardChanged,
     TooManyBadSamples,
 )
+from kdscale.data.faults import CUT, Content, find_fault, length_of
 from kdscale.data.order import Ints, permutation
 from kdscale.data.raw import RawSample, expand, read_shard, read_tar
 from kdscale.data.samples import BadImage, decode
 
 __all__ = [
+    "Content",
     "Manifest",
     "RawSample",
     "ShardEntry",
@@ -45,9 +47,6 @@ __all__ = [
 ]
 
 
-CUT = "truncated_tar"
-
-
 @dataclass(frozen=True)
 class ShardEntry:
     """What the manifest knows of one shard.
@@ -58,6 +57,8 @@ class ShardEntry:
         quarantine: (index, key, cause) of every unusable sample.
         take: How many of the usable samples one epoch uses; None for all.
         labels: Smallest and largest label, None where none is required.
+        lengths: Words of every usable conversation, negative where it has no image; None where
+            none are required.
     """
 
     path: str
@@ -68,12 +69,17 @@ class ShardEntry:
     quarantine: tuple[tuple[int, str, str], ...] = ()
     take: int | None = None
     labels: tuple[int, int] | None = None
+    lengths: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.take is not None and not 0 < self.take <= self.num_samples:
             raise DataError(
                 f"{self.path} has {self.num_samples} usable samples, of which {self.take} cannot "
                 "be taken"
+            )
+        if self.lengths is not None and len(self.lengths) != self.num_samples:
+            raise DataError(
+                f"{self.path} has {self.num_samples} usable samples and {len(self.lengths)} lengths"
             )
 
     @property
@@ -91,17 +97,25 @@ class ShardEntry:
             return None
         return np.sort(permutation(self.num_samples, "take", self.keys_digest)[: self.take])
 
+    def used_lengths(self) -> tuple[int, ...] | None:
+        """Returns the lengths of the samples that an epoch uses; None where none are known."""
+        places = self.used_places()
+        if self.lengths is None or places is None:
+            return self.lengths
+        return tuple(self.lengths[place] for place in places.tolist())
+
 
 @dataclass(frozen=True)
 class Manifest:
     """The verified contents of a data set, in shard order; a mix lists shards several times.
 
     Attributes:
-        labelled: Samples were required to carry an integer label instead of a caption.
+        content: What every sample was required to carry: a caption or an integer label beside
+            its image, or a conversation with or without one.
     """
 
     shards: tuple[ShardEntry, ...]
-    labelled: bool = False
+    content: Content = "captions"
     version: int = field(default=1, kw_only=True)
 
     @property
@@ -124,15 +138,25 @@ class Manifest:
         """Samples that an epoch uses of each shard, which is what `Order` takes."""
         return tuple(shard.used for shard in self.shards)
 
+    @property
+    def lengths(self) -> tuple[tuple[int, ...], ...] | None:
+        """Words of the samples that an epoch uses of each shard; None where none are known."""
+        found = tuple(shard.used_lengths() for shard in self.shards)
+        known = tuple(lengths for lengths in found if lengths is not None)
+        return known if len(known) == len(found) else None
+
     @cached_property
     def hash(self) -> str:
         """Hash of the contents and of what is quarantined; not of where the shards lie."""
         shards = [
             (s.sha256, s.num_samples, s.keys_digest, s.quarantine)
             + (() if s.take is None else (s.take,))
+            + (() if s.lengths is None else (s.lengths,))
             for s in self.shards
         ]
-        text = json.dumps([self.version, self.labelled, shards])
+        # Captions and labels go by the truth value that older manifests kept in their place.
+        kind = self.content if self.content == "conversations" else self.content == "labels"
+        text = json.dumps([self.version, kind, shards])
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
     def causes(self) -> dict[str, int]:
@@ -141,13 +165,13 @@ class Manifest:
 
     def to_json(self) -> str:
         """Writes the manifest as JSON, one shard a line."""
+        absent = ("take", "lengths")
         lines = ",\n".join(
-            json.dumps({k: v for k, v in asdict(shard).items() if k != "take" or v is not None})
+            json.dumps({k: v for k, v in asdict(shard).items() if k not in absent or v is not None})
             for shard in self.shards
         )
-        labelled = json.dumps(self.labelled)
         return (
-            f'{{"version": {self.version}, "labelled": {labelled}, "hash": "{self.hash}", '
+            f'{{"version": {self.version}, "content": "{self.content}", "hash": "{self.hash}", '
             f'"shards": [\n{lines}\n]}}\n'
         )
 
@@ -164,11 +188,12 @@ class Manifest:
                 ShardEntry(
                     **s
                     | {"quarantine": tuple((i, k, c) for i, k, c in s["quarantine"])}
-                    | {"labels": tuple(s["labels"]) if s.get("labels") else None}
+                    | {n: tuple(s[n]) if s.get(n) else None for n in ("labels", "lengths")}
                 )
                 for s in value["shards"]
             )
-            manifest = cls(shards, value["labelled"], version=value["version"])
+            content = value.get("content") or ("labels" if value["labelled"] else "captions")
+            manifest = cls(shards, content, version=value["version"])
             if value["hash"] != manifest.hash:
                 raise ValueError("its hash does not fit its contents")
         except (KeyError, TypeError, ValueError) as error:
@@ -179,14 +204,15 @@ class Manifest:
 def build_manifest(
     spec: DataSpec,
     *,
-    labelled: bool = False,
+    content: Content = "captions",
     num_threads: int | None = None,
     progress: Callable[[ShardEntry], None] | None = None,
 ) -> Manifest:
     """Verifies every shard of a data set by decoding every image.
 
     Args:
-        labelled: Require an integer `label` in the metadata instead of a caption.
+        content: What every sample must carry: a caption, an integer `label` in its metadata, or
+            `conversations` there, which need no image.
         num_threads: Shards verified at a time, None for one per core; decoding runs outside
             the interpreter lock.
         progress: Called with each finished shard, in order.
@@ -203,14 +229,14 @@ def build_manifest(
     paths = expand(spec.urls)
     with ThreadPoolExecutor(num_threads or min(len(paths), os.cpu_count() or 1)) as pool:
         try:
-            for entry in pool.map(partial(verify_shard, labelled=labelled), paths):
+            for entry in pool.map(partial(verify_shard, content=content), paths):
                 entries.append(entry)
                 if progress is not None:
                     progress(entry)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    manifest = Manifest(tuple(entries), labelled)
+    manifest = Manifest(tuple(entries), content)
     check_fraction(manifest, spec.max_bad_fraction)
     return manifest
 
@@ -260,7 +286,7 @@ def check_labels(manifest: Manifest, num_classes: int, name: str) -> None:
             )
 
 
-def verify_shard(path: str, *, labelled: bool = False) -> ShardEntry:
+def verify_shard(path: str, *, content: Content = "captions") -> ShardEntry:
     """Reads and decodes one whole shard.
 
     Raises:
@@ -273,14 +299,16 @@ def verify_shard(path: str, *, labelled: bool = False) -> ShardEntry:
     seen: set[str] = set()
     good = 0
     labels: list[int] = []
+    lengths: list[int] = []
     quarantine: list[tuple[int, str, str]] = []
     for sample in read_shard(inner, fs, checksum):
-        cause = "duplicate_key" if sample.key in seen else find_fault(sample, labelled)
+        cause = "duplicate_key" if sample.key in seen else find_fault(sample, content)
         seen.add(sample.key)
         if cause is None:
             good += 1
             keys.update(sample.key.encode() + b"\0")
-            labels += [sample.meta["label"]] if labelled else []
+            labels += [sample.meta["label"]] if content == "labels" else []
+            lengths += [length_of(sample)] if content == "conversations" else []
         else:
             quarantine.append((sample.index, sample.key, cause))
     if not good:
@@ -292,41 +320,18 @@ def verify_shard(path: str, *, labelled: bool = False) -> ShardEntry:
         )
     digests = checksum.hexdigest(), keys.hexdigest()
     extremes = (min(labels), max(labels)) if labels else None
-    bad = tuple(quarantine)
-    return ShardEntry(path, size, digests[0], good, digests[1], bad, labels=extremes)
+    known, bad = tuple(lengths) or None, tuple(quarantine)
+    return ShardEntry(path, size, digests[0], good, digests[1], bad, labels=extremes, lengths=known)
 
 
-def find_fault(sample: RawSample, labelled: bool = False) -> str | None:
-    """Names what makes a sample unusable, cheap checks first; None where nothing does."""
-    if sample.cut:
-        return CUT
-    if not sample.jpg:
-        return "missing_image"
-    if not labelled and sample.txt is None:
-        return "missing_caption"
-    try:
-        if not labelled and not sample.caption:
-            return "empty_caption"
-    except UnicodeDecodeError:
-        return "non_utf8_caption"
-    try:
-        label = sample.meta.get("label")
-    except ValueError:
-        return "bad_json"
-    if labelled and (not isinstance(label, int) or isinstance(label, bool)):
-        return "missing_label"
-    try:
-        decode(sample.jpg)
-    except BadImage as error:
-        return error.cause
-    return None
-
-
-def read_good(path: str, fs: Any, entry: ShardEntry) -> Iterator[RawSample]:
+def read_good(
+    path: str, fs: Any, entry: ShardEntry, *, checked: bool = False
+) -> Iterator[RawSample]:
     """Streams the usable samples of a shard, in order.
 
     Args:
         path: Where the shard lies on `fs`, which need not be where it was verified.
+        checked: Compare the hash of its contents, too.
 
     Raises:
         ShardChanged: Its size, its keys or their number are not those of the manifest. The
@@ -341,11 +346,14 @@ def read_good(path: str, fs: Any, entry: ShardEntry) -> Iterator[RawSample]:
     bad = {index for index, _, _ in entry.quarantine}
     keys = hashlib.blake2b(digest_size=16)
     good = 0
-    for sample in read_shard(path, fs):
+    checksum = hashlib.sha256() if checked else None
+    for sample in read_shard(path, fs, checksum):
         if sample.index in bad:
             continue
-        if not sample.jpg or sample.cut:
-            raise ShardChanged(changed(path, f"sample {sample.key!r} has no whole image"))
+        textual = entry.lengths is not None and good < entry.num_samples and entry.lengths[good] < 0
+        if bool(sample.jpg) == textual or sample.cut:
+            found = "an image it had not" if sample.jpg and textual else "no whole image"
+            raise ShardChanged(changed(path, f"sample {sample.key!r} with {found}"))
         good += 1
         keys.update(sample.key.encode() + b"\0")
         yield sample
@@ -353,6 +361,8 @@ def read_good(path: str, fs: Any, entry: ShardEntry) -> Iterator[RawSample]:
         raise ShardChanged(changed(path, f"{good} samples instead of {entry.num_samples}"))
     if keys.hexdigest() != entry.keys_digest:
         raise ShardChanged(changed(path, "other keys"))
+    if checksum is not None and checksum.hexdigest() != entry.sha256:
+        raise ShardChanged(changed(path, "the same size and keys and other contents"))
 
 
 def changed(path: str, what: str) -> str:
@@ -366,11 +376,11 @@ def read_labelled(
     """Streams (key, label, image as (H, W, 3) uint8) of a labelled data set, in order.
 
     Raises:
-        DataError: The manifest was made without `labelled`, or is a mix.
+        DataError: The manifest was not made for labels, or is a mix.
         ShardChanged: A shard no longer fits the manifest.
     """
-    if not manifest.labelled:
-        raise DataError("this manifest does not vouch for labels: build it with labelled=True")
+    if manifest.content != "labels":
+        raise DataError("this manifest does not vouch for labels: build it with content='labels'")
     if any(entry.take is not None for entry in manifest.shards):
         raise DataError("labelled data are read whole, this manifest is a mix: give its sources")
     for entry in manifest.shards:

@@ -28,6 +28,7 @@ Values = np.ndarray[Any, np.dtype[Any]]
 TEXT, EVAL = "text", "eval"
 SUMMARY = "cache.json"
 _METADATA = b"kdscale"
+_UNREADABLE = (pa.ArrowException, AttributeError, KeyError, OSError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,16 @@ class CacheRef:
     crop: Crop
     views: int
     captions: int = 1
+
+    @property
+    def marker(self) -> str:
+        """The file that says the cache is whole; without it the embed stage runs again."""
+        return f"{self.root.rpartition('/')[0]}/DONE"
+
+    @property
+    def remedy(self) -> str:
+        """What to do about a bad file."""
+        return f"Remove it and {self.marker}, and run again: only missing files are computed."
 
     def parts(self) -> list[str]:
         """Names what every shard has: one file per view, and the text."""
@@ -88,13 +99,17 @@ def read_summary(ref: CacheRef) -> dict[str, Any]:
     Raises:
         CacheMissing: The embed stage never finished.
         CacheMismatch: It was made by another teacher.
+        CacheCorrupt: It is damaged.
     """
     path = f"{ref.root}/{SUMMARY}"
-    summary = json.loads(_read(path, "the summary", ref))
-    if summary["teacher"] != ref.teacher:
-        raise CacheMismatch(
-            f"{path} was made for another teacher: {summary['teacher']}, not {ref.teacher}"
-        )
+    data = _read(path, "the summary", ref)
+    try:
+        summary = json.loads(data)
+        teacher, _ = summary["teacher"], float(summary["logit_scale"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, error, ref) from error
+    if teacher != ref.teacher:
+        raise CacheMismatch(f"{path} was made for another teacher: {teacher}, not {ref.teacher}")
     return summary
 
 
@@ -130,24 +145,32 @@ def read_sidecar(ref: CacheRef, part: str, entry: ShardEntry) -> tuple[list[str]
     path = ref.path(part, entry)
     data = _read(path, part, ref)
     try:
-        table = pq.read_table(io.BytesIO(data))
-        found = json.loads((table.schema.metadata or {})[_METADATA])
-        keys = table.column("key").to_pylist()
-        flat = table.column("embedding").combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        values = flat.reshape(len(keys), *found["shape"])
-    except (pa.ArrowException, OSError, KeyError, ValueError, AttributeError) as error:
-        raise CacheCorrupt(
-            f"{path} is damaged ({str(error).splitlines()[0]}). Remove the file and the embed "
-            "stage's DONE and run the sweep again: only missing files are computed."
-        ) from error
-    _check(path, found, ref.metadata(part, entry))
+        found, keys, values = _decode(data)
+    except _UNREADABLE as error:
+        raise _damaged(path, error, ref) from error
+    _check(path, found, ref.metadata(part, entry), ref.remedy)
     if len(keys) != entry.num_samples:
         raise CacheCorrupt(f"{path} holds {len(keys)} samples instead of {entry.num_samples}")
-    if found["digest"] != _digest(keys, values):
-        raise CacheCorrupt(f"{path} is damaged: its contents do not fit their digest")
     if not np.isfinite(values).all():
         raise CacheCorrupt(f"{path} holds embeddings that are not finite numbers")
     return keys, values
+
+
+def _decode(data: bytes) -> tuple[dict[str, Any], list[str], Values]:
+    """Takes a file apart: what it says of itself, keys, values; raises any of `_UNREADABLE`."""
+    table = pq.read_table(io.BytesIO(data))
+    found = json.loads((table.schema.metadata or {})[_METADATA])
+    keys = table.column("key").to_pylist()
+    flat = table.column("embedding").combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    values = flat.reshape(len(keys), *found["shape"])
+    if found["digest"] != _digest(keys, values):
+        raise ValueError("its contents do not fit their digest")
+    return found, keys, values
+
+
+def _damaged(path: str, error: Exception, ref: CacheRef) -> CacheCorrupt:
+    """Words the error for a file that cannot be read as what it should be."""
+    return CacheCorrupt(f"{path} is damaged ({str(error).partition(chr(10))[0]}). {ref.remedy}")
 
 
 def _digest(keys: Sequence[str], values: Values) -> str:
@@ -165,12 +188,12 @@ def _read(path: str, part: str, ref: CacheRef) -> bytes:
     except FileNotFoundError as error:
         raise CacheMissing(
             f"the teacher cache has no {path}: {part} of this shard was never embedded, or was "
-            f"removed (the cache should have {ref.views} views). Run the sweep again without the "
-            "embed stage's DONE to fill it in."
+            f"removed (the cache should have {ref.views} views). Remove {ref.marker} and run the "
+            "sweep again to fill it in."
         ) from error
 
 
-def _check(path: str, found: dict[str, Any], expected: dict[str, Any]) -> None:
+def _check(path: str, found: dict[str, Any], expected: dict[str, Any], remedy: str) -> None:
     """Compares metadata field by field."""
     words = {
         "teacher": "another teacher",
@@ -184,7 +207,7 @@ def _check(path: str, found: dict[str, Any], expected: dict[str, Any]) -> None:
         if found.get(name) != value:
             raise CacheMismatch(
                 f"{path} was made for {words.get(name, 'something else')}: its {name} is "
-                f"{found.get(name)!r} and should be {value!r}. Remove it and embed again."
+                f"{found.get(name)!r} and should be {value!r}. {remedy}"
             )
 
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     import ray.data
     import ray.train
 
+    from kdscale.data.instruct_stream import InstructConfig
+
 BLOCK_BYTES = 64 << 20
 _MIN_BLOCK_BYTES = 1 << 20
 
@@ -123,14 +125,13 @@ class StreamConfig:
     @property
     def plan(self) -> Plan:
         """What becomes of what is read."""
-        import ray.cloudpickle
-
         return Plan(
             self.crop,
             self.views,
             self.sizes,
-            {name: ray.cloudpickle.dumps(make) for name, make in self.tokenizers.items()},
+            {name: pickled(make) for name, make in self.tokenizers.items()},
             tuple(shard.path for shard in self.manifest.shards),
+            self.seed,
         )
 
     @property
@@ -159,7 +160,8 @@ def train_dataset(config: StreamConfig) -> ray.data.Dataset:
     rows, cpus = config.block_rows, config.cpus_per_task
     options: dict[str, Any] = {"batch_format": "pyarrow", "num_cpus": cpus}
     even: dict[str, Any] = {"target_num_rows_per_block": rows, "strict": True}
-    dataset = _source(config)
+    reading = Reading(config.views, config.captions, config.cache)
+    dataset = compressed(config, reading)
     dealt = rows < config.batch_size and config.num_workers > 1
     if dealt:
         whole = config.global_batch_size
@@ -169,11 +171,18 @@ def train_dataset(config: StreamConfig) -> ray.data.Dataset:
     finisher = partial(finish, plan=config.plan)
     # The other way round Ray would fuse the two, and one task would do several blocks in a row.
     dataset = dataset.repartition(**even).map_batches(finisher, batch_size=rows, **options)
-    _configure(dataset, rows * config.row_bytes)
+    configure(dataset, rows * config.row_bytes)
     return dataset
 
 
-def _configure(dataset: ray.data.Dataset, block_bytes: int) -> None:
+def pickled(value: Any) -> bytes:
+    """Pickles by value what a worker could not import."""
+    import ray.cloudpickle
+
+    return ray.cloudpickle.dumps(value)
+
+
+def configure(dataset: ray.data.Dataset, block_bytes: int) -> None:
     """Sets what Ray Data keeps beside the plan: order and block size."""
     quiet(dataset)
     context = dataset.context
@@ -221,7 +230,7 @@ def data_config(
     )
 
 
-def _source(config: StreamConfig) -> ray.data.Dataset:
+def compressed(config: StreamConfig | InstructConfig, reading: Reading) -> ray.data.Dataset:
     """Makes the dataset of compressed samples: one read task per segment."""
     import ray.data
     from ray.data import Datasource, ReadTask
@@ -239,8 +248,6 @@ def _source(config: StreamConfig) -> ray.data.Dataset:
 
         def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
             return [_task(segment) for segment in segments]
-
-    reading = config.reading
 
     def _task(segment: Segment) -> ReadTask:
         entries = tuple(shards[number] for number in segment.shards)
@@ -298,14 +305,14 @@ class TrainStream:
         blocks = self._blocks() if config.data_step < config.order.num_steps else iter(())
         starter = ThreadPoolExecutor(1)
         # Ray starts its tasks when it is first asked; meanwhile the first steps are read here.
-        later = starter.submit(_next, blocks)
+        later = starter.submit(next_block, blocks)
         try:
             for step in range(config.start_step, config.order.num_steps):
                 began = time.perf_counter()
                 if step < config.data_step:
                     columns = own_columns(config, step, self._rank)
                 else:
-                    columns = later.result() if step == config.data_step else _next(blocks)
+                    columns = later.result() if step == config.data_step else next_block(blocks)
                 self.wait_s += time.perf_counter() - began
                 if columns is None:
                     raise DataError(
@@ -364,7 +371,7 @@ def own_columns(config: StreamConfig, step: int, rank: int) -> dict[str, Any]:
     return finish(share.combine_chunks(), config.plan)
 
 
-def _next(blocks: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
+def next_block(blocks: Iterator[Any]) -> Any:
     """Takes the next block, raising our own errors as they were raised on the data task."""
     try:
         return next(blocks, None)

@@ -36,6 +36,8 @@ class Rejection:
 class Item:
     """A sample to be: a caption, and an image that was there when the job was planned.
 
+    A conversation may have neither; it is part of `meta`.
+
     Attributes:
         row: Place in the captions file, which is the sample's key.
         image: Path within the folder of images.
@@ -87,6 +89,7 @@ class ShardJob:
         px: Longest that an image's shorter side may be.
         quality: JPEG quality.
         check_urls: A `.json` beside an image, as img2dataset writes, must name the row's URL.
+        conversations: Items are conversations; their images may be GIFs.
     """
 
     number: int
@@ -96,6 +99,7 @@ class ShardJob:
     quality: int
     check_urls: bool
     items: tuple[Item, ...]
+    conversations: bool = False
 
     @property
     def tar(self) -> Path:
@@ -114,7 +118,8 @@ class ShardJob:
             (item.row, item.image, item.num_bytes, item.changed_ns, item.caption, item.meta)
             for item in self.items
         ]
-        text = json.dumps([CONTENT_VERSION, self.px, self.quality, self.check_urls, rows])
+        also = ["conversations"] if self.conversations else []
+        text = json.dumps([CONTENT_VERSION, self.px, self.quality, self.check_urls, rows, *also])
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def finished(self) -> ShardStats | None:
@@ -184,6 +189,9 @@ def write_whole(path: Path, text: str) -> None:
 
 def _members(item: Item, job: ShardJob) -> tuple[dict[str, bytes], bool]:
     """Makes a sample's files; says whether the image kept its bytes."""
+    record = {**item.meta, "key": item.key, "source": item.image}
+    if not item.image:
+        return {"json": json.dumps(record).encode()}, False
     path = os.path.join(job.images, item.image)
     try:
         data = Path(path).read_bytes()
@@ -191,18 +199,15 @@ def _members(item: Item, job: ShardJob) -> tuple[dict[str, bytes], bool]:
         raise BadImage("missing_image", str(error)) from error
     if job.check_urls and _names_another(path, item):
         raise BadImage("another_url")
-    image = store(data, job.px, job.quality)
-    record = {
-        **item.meta,
-        "key": item.key,
-        "source": item.image,
+    image = store(data, job.px, job.quality, gif=job.conversations)
+    record |= {
         "width": image.size[0],
         "height": image.size[1],
         "original_width": image.original_size[0],
         "original_height": image.original_size[1],
     }
-    text = json.dumps(record).encode()
-    return {"jpg": image.jpg, "txt": item.caption.encode(), "json": text}, image.kept
+    text = {"txt": item.caption.encode()} if item.caption else {}
+    return {"jpg": image.jpg, **text, "json": json.dumps(record).encode()}, image.kept
 
 
 def _names_another(path: str, item: Item) -> bool:

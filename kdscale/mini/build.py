@@ -2,8 +2,9 @@
 
 Image-text pairs become WebDataset tars in img2dataset's layout, as CC12M is distributed:
 `00000.tar`, `00001.tar`, ... with the members `{shard:05d}{row:04d}.jpg`, `.txt` and `.json`.
-The bytes of a shard depend on the world alone, not on when, where or by how many processes it is
-written.
+Conversations are part of the `.json`, or are written as LLaVA's one json and a folder of images.
+Held-out questions become Parquet. The bytes of a shard depend on the world alone, not on when,
+where or by how many processes it is written.
 """
 
 from __future__ import annotations
@@ -18,15 +19,31 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-import cv2
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from kdscale.core.config import MiniWorld
 from kdscale.core.types import ConfigError
-from kdscale.mini.paint import render
-from kdscale.mini.scenes import CLASSNAMES, Scene, caption, draw
+from kdscale.mini.captions import caption
+from kdscale.mini.conversations import Conversation, converse, llava_record
+from kdscale.mini.paint import encode_jpeg
+from kdscale.mini.questions import eval_items
+from kdscale.mini.scenes import CLASSNAMES, Scene, draw
 
-JPEG_QUALITY = 90
 MAX_SAMPLES_PER_SHARD = 10_000
+QUESTIONS = pa.schema(
+    {
+        "item_id": pa.string(),
+        "family": pa.string(),
+        "question": pa.string(),
+        "options": pa.list_(pa.string()),
+        "prompt": pa.string(),
+        "gold": pa.string(),
+        "chance": pa.float64(),
+        "group": pa.string(),
+        "image": pa.binary(),
+    }
+)
 
 
 def write_world(
@@ -36,7 +53,7 @@ def write_world(
     processes: int = 2,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
-    """Writes a world's image-text pairs as WebDataset tars.
+    """Writes a world's samples as WebDataset tars.
 
     Args:
         world: What to draw.
@@ -96,7 +113,7 @@ def write_shard(world: MiniWorld, shard: int, path: str) -> int:
     try:
         with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
             for index in range(first, last):
-                key = f"{shard:05d}{index - first:04d}"
+                key = sample_key(world, index)
                 for extension, data in encode_sample(world, index, key).items():
                     _add(tar, f"{key}.{extension}", data)
         os.replace(temporary, path)
@@ -106,7 +123,7 @@ def write_shard(world: MiniWorld, shard: int, path: str) -> int:
 
 
 def encode_sample(world: MiniWorld, index: int, key: str) -> dict[str, bytes]:
-    """Draws one sample and encodes its three files.
+    """Draws one sample and encodes its files.
 
     Args:
         world: What to draw.
@@ -114,8 +131,13 @@ def encode_sample(world: MiniWorld, index: int, key: str) -> dict[str, bytes]:
         key: Name of the sample's files.
 
     Returns:
-        Bytes of `jpg`, `txt` and `json`.
+        Bytes of `jpg`, `txt` and `json`; an `instruct` world has no captions, and some of its
+        samples have no image.
     """
+    if world.content == "instruct":
+        talk = converse(world, index)
+        image = {} if talk.scene is None else {"jpg": encode_jpeg(talk.scene, world.image_px)}
+        return image | {"json": _json(_conversation(world, talk, key))}
     scene = draw(world, index)
     text, other = caption(world, index)
     record = {
@@ -129,11 +151,83 @@ def encode_sample(world: MiniWorld, index: int, key: str) -> dict[str, bytes]:
         **_label(scene),
         "facts": scene.facts(),
     }
+    if world.content == "pretrain":
+        record |= _conversation(world, converse(world, index), key)
     return {
         "jpg": encode_jpeg(scene, world.image_px),
         "txt": text.encode(),
-        "json": json.dumps(record, separators=(",", ":")).encode(),
+        "json": _json(record),
     }
+
+
+def _conversation(world: MiniWorld, talk: Conversation, key: str) -> dict[str, Any]:
+    """What the shards of a conversation data set say of a sample."""
+    more = {"source": f"mini-{world.content}", "n_words": talk.num_words}
+    return llava_record(talk, key) | more | {"modality": talk.modality}
+
+
+def write_instruct_json(world: MiniWorld, directory: str) -> str:
+    """Writes a world's conversations as LLaVA and Bunny are distributed.
+
+    Args:
+        world: Of content `pretrain` or `instruct`.
+        directory: Receives `<content>.json`, one list of all conversations, and the folder
+            `images` that their `image` is relative to.
+
+    Returns:
+        The json's path.
+
+    Raises:
+        ConfigError: The world has captions instead of conversations.
+    """
+    if world.content == "captions":
+        raise ConfigError("a world of content 'captions' has no conversations to write")
+    records: list[dict[str, Any]] = []
+    for index in range(world.num_samples):
+        talk = converse(world, index)
+        record = llava_record(talk, sample_key(world, index))
+        if talk.scene is not None:
+            image = Path(directory, "images", record["image"])
+            image.parent.mkdir(parents=True, exist_ok=True)
+            image.write_bytes(encode_jpeg(talk.scene, world.image_px))
+        records.append(record)
+    path = Path(directory, f"{world.content}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(records), encoding="utf-8")
+    return str(path)
+
+
+def write_questions(world: MiniWorld, path: str) -> str:
+    """Writes a world's benchmark as Parquet, one row an item; see `eval_items` for the columns.
+
+    Args:
+        world: An `instruct` world of the `eval` split.
+        path: The file; replaced if it exists.
+
+    Returns:
+        The path.
+
+    Raises:
+        ConfigError: The world is another one.
+    """
+    table = pa.Table.from_pylist(list(eval_items(world)), schema=QUESTIONS)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        pq.write_table(table, temporary)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return path
+
+
+def sample_key(world: MiniWorld, index: int) -> str:
+    """Names a sample by its shard and its place there."""
+    shard, place = divmod(index, world.samples_per_shard)
+    return f"{shard:05d}{place:04d}"
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
 
 
 def _label(scene: Scene) -> dict[str, Any]:
@@ -141,12 +235,6 @@ def _label(scene: Scene) -> dict[str, Any]:
     if scene.label is None:
         return {}
     return {"label": scene.label, "class": CLASSNAMES[scene.label]}
-
-
-def encode_jpeg(scene: Scene, px: int) -> bytes:
-    """Paints a scene and returns it as a JPEG."""
-    bgr = cv2.cvtColor(render(scene, px), cv2.COLOR_RGB2BGR)
-    return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes()
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -10,6 +10,13 @@ import numpy as np
 from kdscale.mini.scenes import BACKGROUNDS, COLOURS, OUTLINES, Draws, Scene, Thing
 
 SHIFT_BITS = 6
+JPEG_QUALITY = 90
+
+
+def encode_jpeg(scene: Scene, px: int) -> bytes:
+    """Paints a scene and returns it as a JPEG."""
+    bgr = cv2.cvtColor(render(scene, px), cv2.COLOR_RGB2BGR)
+    return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes()
 
 
 def render(scene: Scene, px: int) -> np.ndarray:

@@ -18,6 +18,7 @@ import numpy as np
 from kdscale.core.config import MiniWorld
 
 T = TypeVar("T")
+Pairs = tuple[tuple[str, str], ...]
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 40, 40),
     "orange": (247, 138, 24),
@@ -112,7 +113,7 @@ OUTLINES: dict[str, list[np.ndarray]] = {
 }
 SHAPES = tuple(OUTLINES)
 _colours = tuple(COLOURS)
-HELD_OUT: tuple[tuple[str, str], ...] = tuple(
+HELD_OUT: Pairs = tuple(
     (_colours[(row + step) % len(_colours)], shape)
     for row, shape in enumerate(SHAPES)
     for step in PARTNER_STEPS
@@ -247,8 +248,7 @@ def draw(world: MiniWorld, index: int) -> Scene:
         index: Any non-negative integer, also beyond `num_samples`.
     """
     draws = Draws(world.seed, world.split, index)
-    background, texture = draws.pick(tuple(BACKGROUNDS)), draws.below(2**48)
-    base = {"background": background, "texture": texture, "noise": 8 + draws.below(25)}
+    base = _backdrop(draws)
     if world.split == "eval":
         label = index % len(HELD_OUT)
         return Scene("single", things=(_single(draws, HELD_OUT[label]),), label=label, **base)
@@ -257,7 +257,18 @@ def draw(world: MiniWorld, index: int) -> Scene:
         share -= weight
         if share < 0:
             break
-    return _DRAWERS[kind](draws, base)
+    return _DRAWERS[kind](draws, base, TRAIN_PAIRS)
+
+
+def draw_kind(draws: Draws, kind: str, pairs: Pairs) -> Scene:
+    """Draws a scene of one of `KINDS`, whose things have compositions out of `pairs`."""
+    return _DRAWERS[kind](draws, _backdrop(draws), pairs)
+
+
+def _backdrop(draws: Draws) -> dict[str, Any]:
+    """What every scene has: a background, its texture and the noise."""
+    background, texture = draws.pick(tuple(BACKGROUNDS)), draws.below(2**48)
+    return {"background": background, "texture": texture, "noise": 8 + draws.below(25)}
 
 
 def _single(draws: Draws, pair: tuple[str, str]) -> Thing:
@@ -279,14 +290,14 @@ def _thing(
     )
 
 
-def _single_scene(draws: Draws, base: dict[str, Any]) -> Scene:
-    return Scene("single", things=(_single(draws, draws.pick(TRAIN_PAIRS)),), **base)
+def _single_scene(draws: Draws, base: dict[str, Any], pairs: Pairs) -> Scene:
+    return Scene("single", things=(_single(draws, draws.pick(pairs)),), **base)
 
 
-def _pair_scene(draws: Draws, base: dict[str, Any]) -> Scene:
-    first, second = draws.pick(TRAIN_PAIRS), draws.pick(TRAIN_PAIRS)
+def _pair_scene(draws: Draws, base: dict[str, Any], pairs: Pairs) -> Scene:
+    first, second = draws.pick(pairs), draws.pick(pairs)
     if first == second:
-        second = TRAIN_PAIRS[(TRAIN_PAIRS.index(first) + 7) % len(TRAIN_PAIRS)]
+        second = pairs[(pairs.index(first) + 7) % len(pairs)]
     relation = draws.pick(tuple(RELATIONS))
     _, dx, dy = RELATIONS[relation]
     things = []
@@ -298,8 +309,8 @@ def _pair_scene(draws: Draws, base: dict[str, Any]) -> Scene:
     return Scene("pair", things=tuple(things), relation=relation, **base)
 
 
-def _count_scene(draws: Draws, base: dict[str, Any]) -> Scene:
-    pair, number, skip = draws.pick(TRAIN_PAIRS), 2 + draws.below(4), draws.below(9)
+def _count_scene(draws: Draws, base: dict[str, Any], pairs: Pairs) -> Scene:
+    pair, number, skip = draws.pick(pairs), 2 + draws.below(4), draws.below(9)
     cells = [(skip + 4 * i) % 9 for i in range(number)]
     centres = [
         (
@@ -313,11 +324,11 @@ def _count_scene(draws: Draws, base: dict[str, Any]) -> Scene:
     return Scene("count", things=things, **base)
 
 
-def _sign_scene(draws: Draws, base: dict[str, Any]) -> Scene:
+def _sign_scene(draws: Draws, base: dict[str, Any], _pairs: Pairs) -> Scene:
     return Scene("sign", word=draws.pick(WORDS), panel=draws.pick(tuple(COLOURS)), **base)
 
 
-def _chart_scene(draws: Draws, base: dict[str, Any]) -> Scene:
+def _chart_scene(draws: Draws, base: dict[str, Any], _pairs: Pairs) -> Scene:
     names = list(COLOURS)
     colours = [names.pop(draws.below(len(names))) for _ in range(3 + draws.below(3))]
     tallest = draws.below(len(colours))
@@ -335,73 +346,3 @@ _DRAWERS = {
     "sign": _sign_scene,
     "chart": _chart_scene,
 }
-
-
-def captions(scene: Scene) -> list[str]:
-    """Describes a scene in several ways, the plainest first; all of them are true."""
-    if scene.kind == "single":
-        return _single_captions(scene)
-    if scene.kind == "pair":
-        assert scene.relation is not None
-        first, second = (_article(thing.name) for thing in scene.things)
-        inverse = RELATIONS[scene.relation][0]
-        return [
-            f"{first} {scene.relation} {second}",
-            f"{second} {inverse} {first}",
-            f"{first} and {second}",
-        ]
-    if scene.kind == "count":
-        number, plural = NUMBERS[len(scene.things)], _plural(scene.things[0].name)
-        return [f"{number} {plural}", f"a drawing of {number} {plural}."]
-    if scene.kind == "sign":
-        assert scene.panel is not None
-        return [
-            f"a sign that says {scene.word}",
-            f"{_article(scene.panel)} sign that says {scene.word}",
-        ]
-    facts = scene.facts()
-    return [
-        f"a bar chart with {NUMBERS[len(scene.bars)]} bars, the tallest is {facts['tallest']}",
-        f"a chart of {NUMBERS[len(scene.bars)]} bars",
-    ]
-
-
-def _single_captions(scene: Scene) -> list[str]:
-    """Sentences about the only object of a scene."""
-    thing = scene.things[0]
-    name, sized = _article(thing.name), thing.name
-    if thing.size != "medium":
-        sized = f"{thing.size} {thing.name}"
-    place = "in the centre" if thing.position == "centre" else f"at the {thing.position}"
-    return [
-        name,
-        f"a photo of {name}.",
-        f"a drawing of {_article(sized)}.",
-        f"{_article(sized)} {place}",
-        f"{name} on {_article(scene.background)} background",
-    ]
-
-
-def _article(words: str) -> str:
-    """The words with their indefinite article."""
-    return f"{'an' if words[0] in 'aeio' else 'a'} {words}"
-
-
-def _plural(words: str) -> str:
-    """The words in the plural."""
-    return f"{words}es" if words.endswith("s") else f"{words}s"
-
-
-def caption(world: MiniWorld, index: int) -> tuple[str, int | None]:
-    """Writes the caption that a world pairs with an image.
-
-    Returns:
-        The caption, and the index of the other training scene that it describes instead, or None
-        where it is true.
-    """
-    draws = Draws(world.seed, world.split, index, "caption")
-    if draws.fraction() >= world.caption_noise:
-        return draws.pick(tuple(captions(draw(world, index)))), None
-    other = draws.below(2**31)
-    elsewhere = draw(world.replace(split="train"), other)
-    return draws.pick(tuple(captions(elsewhere))), other

@@ -37,7 +37,7 @@ HF_TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "sentencepiece.model")
 logger = logging.getLogger(__name__)
 
 
-def eval_crop(rgb: np.ndarray, spec: TowerSpec) -> np.ndarray:
+def eval_crop(rgb: np.ndarray, spec: TowerSpec, *, floor: bool = False) -> np.ndarray:
     """Renders an image as the tower sees it at evaluation, before normalisation.
 
     Pillow resizes: its bicubic filter widens when shrinking, as the towers' authors had it;
@@ -52,6 +52,8 @@ def eval_crop(rgb: np.ndarray, spec: TowerSpec) -> np.ndarray:
         rgb: (H, W, 3) uint8.
         spec: `resize="shortest"` scales the shorter side to `image_px` and crops the centre;
             `"squash"` scales both sides.
+        floor: Round an odd surplus down, as transformers' image processors do; torchvision
+            rounds to even.
 
     Returns:
         (image_px, image_px, 3) uint8, up to `MAX_ASPECT` bit-equal to torchvision's `Resize` and
@@ -64,7 +66,7 @@ def eval_crop(rgb: np.ndarray, spec: TowerSpec) -> np.ndarray:
     width, height = image.size
     short = min(width, height)
     size = (int(px * width / short), int(px * height / short))
-    left, top = round((size[0] - px) / 2), round((size[1] - px) / 2)
+    left, top = ((side - px) // 2 if floor else round((side - px) / 2) for side in size)
     if max(size) > MAX_ASPECT * px:
         across, down = width / size[0], height / size[1]
         strip = (left * across, top * down, (left + px) * across, (top + px) * down)

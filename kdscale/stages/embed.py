@@ -1,54 +1,36 @@
 """The embed stage: run a frozen teacher once over a data set and keep what it says.
 
 The unit of work is a shard: read it, render its crops in threads while the teacher computes,
-write its files, text last. A shard whose files are all there is never done again, so a killed
-run loses the shards in work and nothing else.
+write its files, text last.
 Shape suffixes: B samples of a batch, V crops or captions per sample, D embedding, K trunk width.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-import fsspec
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from kdscale.core.storage import Storage, check_lease
+from kdscale.core.storage import Storage
 from kdscale.core.types import ShardChanged
 from kdscale.data.raw import RawSample
 from kdscale.data.samples import BadImage, Picture, crop_box, decode
-from kdscale.data.shards import ShardEntry, changed, read_good
-from kdscale.data.sidecars import EVAL, SUMMARY, TEXT, Values, encode_sidecar, view_name
+from kdscale.data.shards import ShardEntry, changed
+from kdscale.data.sidecars import EVAL, TEXT, Values, encode_sidecar, view_name
 from kdscale.models.towers import eval_crop, image_features, load_tower, normalise, tokenizer
+from kdscale.stages.by_shard import device_for, rendered_ahead, samples_of, shard_row, shards_of
 from kdscale.stages.jobs import EmbedJob
-from kdscale.stages.loop import autocast, check_precision, chunks
+from kdscale.stages.loop import autocast, check_precision
 
 BATCH_SIZE = 64
 Arrays = dict[str, list[Values]]
-
-
-def shards_of(job: EmbedJob) -> list[int]:
-    """Returns the shards that a job covers, each content once, in the manifest's order."""
-    limit = job.recipe.max_samples or math.inf
-    chosen: list[int] = []
-    seen: set[str] = set()
-    covered = 0
-    for number, entry in enumerate(job.data.shards):
-        if entry.sha256 in seen or covered >= limit:
-            continue
-        seen.add(entry.sha256)
-        covered += entry.num_samples
-        chosen.append(number)
-    return chosen
 
 
 def pending(job: EmbedJob) -> list[int]:
@@ -65,20 +47,6 @@ def pending(job: EmbedJob) -> list[int]:
     ]
 
 
-def finish(job: EmbedJob, summary: dict[str, Any], seconds: float) -> None:
-    """Writes the cache's summary and marks the stage done.
-
-    Args:
-        job: The finished job.
-        summary: What `Embedder.summary` returned.
-        seconds: Wall-clock time of this attempt.
-    """
-    check_lease(job.stage, job.lease)
-    storage, parts = job.stage.storage, (*job.stage.parts, "output")
-    storage.write_json(summary, *parts, SUMMARY)
-    job.stage.finish(job.record | {"seconds": round(seconds, 1), "cache": summary})
-
-
 class Embedder:
     """Embeds shards with one teacher, loaded once.
 
@@ -90,8 +58,7 @@ class Embedder:
 
     def __init__(self, job: EmbedJob, device: str | None = None, threads: int = 1) -> None:
         recipe = job.recipe
-        found = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.job, self.recipe, self.device = job, recipe, torch.device(found)
+        self.job, self.recipe, self.device = job, recipe, device_for(device)
         check_precision(recipe.precision, self.device.type)
         model = load_tower(recipe.teacher, Storage(job.storage_root))
         self.model: Any = model.to(self.device).eval().requires_grad_(False)
@@ -105,7 +72,7 @@ class Embedder:
             number: Its place in the manifest.
 
         Returns:
-            The shard's number, its samples, and the seconds it took.
+            As of `kdscale.stages.by_shard.shard_row`.
 
         Raises:
             ShardChanged: It no longer fits the manifest.
@@ -113,19 +80,13 @@ class Embedder:
         """
         began = time.perf_counter()
         entry = self.job.data.shards[number]
-        fs, path = fsspec.core.url_to_fs(entry.path)
-        samples = list(read_good(path, fs, entry))
+        samples = samples_of(entry)
         found: Arrays = {part: [] for part in self.job.cache.parts()}
         for part, pixels in self._rendered(samples, entry):
             self._embed(samples[part], pixels, found)
         for name, pieces in found.items():
             self._write(name, entry, [s.key for s in samples], np.concatenate(pieces))
-        return {
-            "shard": number,
-            "samples": len(samples),
-            "seconds": time.perf_counter() - began,
-            "summary": json.dumps(self.summary()),
-        }
+        return shard_row(number, len(samples), began, self.summary())
 
     def summary(self) -> dict[str, Any]:
         """Returns what a reader of the cache must know of the teacher."""
@@ -143,14 +104,10 @@ class Embedder:
     def _rendered(
         self, samples: Sequence[RawSample], entry: ShardEntry
     ) -> Iterator[tuple[slice, Values]]:
-        """Yields (rows, (B, V, H, W, 3) uint8), the next batch being decoded meanwhile."""
+        """Yields (rows, (B, V, H, W, 3) uint8)."""
         render = partial(_render, job=self.job, entry=entry)
-        parts = list(chunks(len(samples), max(1, BATCH_SIZE // max(1, self.recipe.views))))
-        ahead = [self.pool.submit(_each, render, samples[part]) for part in parts[:2]]
-        for place, part in enumerate(parts):
-            if place + 2 < len(parts):
-                ahead.append(self.pool.submit(_each, render, samples[parts[place + 2]]))
-            yield part, ahead.pop(0).result()
+        size = max(1, BATCH_SIZE // max(1, self.recipe.views))
+        yield from rendered_ahead(self.pool, render, samples, size)
 
     @torch.no_grad()
     def _embed(self, samples: Sequence[RawSample], pixels: Values, found: Arrays) -> None:
@@ -182,11 +139,6 @@ class Embedder:
 def _unit(features: Tensor) -> Tensor:
     """Normalises in fp32 and rounds to fp16."""
     return normalize(features.float(), dim=-1).to(torch.float16).cpu()
-
-
-def _each(render: Any, samples: Sequence[RawSample]) -> Values:
-    """Renders a batch."""
-    return np.stack([render(sample) for sample in samples])
 
 
 def _render(sample: RawSample, job: EmbedJob, entry: ShardEntry) -> Values:

@@ -10,13 +10,28 @@ from dataclasses import dataclass, replace
 
 import fsspec
 
-from kdscale.core.config import DataSpec, MiniWorld
+from kdscale.core.config import DataSpec, Embed, MiniWorld, Recipe
 from kdscale.core.keys import describe
 from kdscale.core.storage import Storage
 from kdscale.core.types import BadManifest, NoShards
-from kdscale.data.shards import Manifest, ShardEntry, build_manifest, check_fraction, expand
+from kdscale.core.vlm_config import Features, VlmStage
+from kdscale.data.shards import (
+    Content,
+    Manifest,
+    ShardEntry,
+    build_manifest,
+    check_fraction,
+    expand,
+)
 
+QUESTIONS = "questions.parquet"
 WORLD_VERSION = 1
+_WORD: dict[Content, str] = {
+    "captions": "",
+    "labels": "labelled",
+    "conversations": "conversations",
+}
+_DRAWN = ("manifest.json", "manifest-conversations.json")
 Progress = Callable[[str], None]
 
 
@@ -28,6 +43,7 @@ class Source:
         num_samples: Usable samples.
         num_shards: Files that they lie in.
         hash: Identity of the content.
+        content: What every sample carries.
     """
 
     spec: DataSpec
@@ -35,19 +51,20 @@ class Source:
     num_samples: int
     num_shards: int
     hash: str
-    labelled: bool
+    content: Content = "captions"
 
     def manifest(self, progress: Progress = lambda _: None) -> Manifest:
         """Returns the manifest; draws and verifies the data first where that is to be done."""
         if self.spec.mini is not None:
-            return _drawn(self.spec, self.spec.mini, self.storage, progress)
-        return verified(self.spec, self.storage, labelled=self.labelled, progress=progress)
+            return _drawn(self, self.spec.mini, progress)
+        return verified(self.spec, self.storage, content=self.content, progress=progress)
 
 
 def find_source(
     spec: DataSpec,
     storage: Storage,
     *,
+    content: Content = "captions",
     labelled: bool = False,
     progress: Progress = lambda _: None,
 ) -> Source:
@@ -56,25 +73,34 @@ def find_source(
     Args:
         spec: What to find.
         storage: Where drawn data and manifests are kept.
-        labelled: Whether every sample must carry an integer `label`.
+        content: What every sample must carry; `labelled` is short for `content="labels"`.
         progress: Told, in words, about long work.
 
     Raises:
         NoShards: If the spec names no data or its pattern matches none.
     """
+    content = "labels" if labelled else content
     if spec.mini is not None:
         world = spec.mini
         shards = -(-world.num_samples // world.samples_per_shard)
-        return Source(spec, storage, world.num_samples, shards, _world_key(world), labelled)
-    manifest = verified(spec, storage, labelled=labelled, progress=progress)
+        return Source(spec, storage, world.num_samples, shards, _world_key(world), content)
+    manifest = verified(spec, storage, content=content, progress=progress)
     shards = len(manifest.shards)
-    return Source(spec, storage, manifest.num_samples, shards, manifest.hash, labelled)
+    return Source(spec, storage, manifest.num_samples, shards, manifest.hash, content)
+
+
+def content_of(recipe: Recipe) -> Content:
+    """Returns what the samples of a stage's data must carry."""
+    if isinstance(recipe, VlmStage | Features):
+        return "conversations"
+    return "labels" if isinstance(recipe, Embed) and recipe.views == 0 else "captions"
 
 
 def verified(
     spec: DataSpec,
     storage: Storage,
     *,
+    content: Content = "captions",
     labelled: bool = False,
     progress: Progress = lambda _: None,
     each_shard: Callable[[ShardEntry], None] | None = None,
@@ -84,7 +110,7 @@ def verified(
     Args:
         spec: Its `urls` name shards, or a manifest that is read as it is.
         storage: Where manifests are kept.
-        labelled: Whether every sample must carry an integer `label`.
+        content: What every sample must carry; `labelled` is short for `content="labels"`.
         progress: Told, in words, about long work.
         each_shard: Called with each shard that had to be verified.
 
@@ -98,41 +124,44 @@ def verified(
             f"data set {spec.name!r} has no path: pass its shards with "
             f"--data '{spec.name}=/data/{spec.name}/{{00000..00999}}.tar'"
         )
+    content = "labels" if labelled else content
     if spec.urls.endswith(".json"):
-        manifest = read_manifest(spec.urls, labelled=labelled)
+        manifest = read_manifest(spec.urls, content=content)
         check_fraction(manifest, spec.max_bad_fraction)
         return manifest
-    place = manifest_place(spec.urls, labelled=labelled)
+    place = manifest_place(spec.urls, content=content)
     if storage.exists(*place):
         manifest = Manifest.from_json(storage.read(*place).decode())
         check_fraction(manifest, spec.max_bad_fraction)
         return manifest
     progress(f"verifying {spec.urls} (once)")
-    manifest = build_manifest(spec, labelled=labelled, progress=each_shard)
+    manifest = build_manifest(spec, content=content, progress=each_shard)
     storage.write(manifest.to_json().encode(), *place)
     return manifest
 
 
-def manifest_place(urls: str, *, labelled: bool = False) -> tuple[str, str]:
+def manifest_place(
+    urls: str, *, content: Content = "captions", labelled: bool = False
+) -> tuple[str, str]:
     """Returns where a storage keeps the manifest of some shards, as they are now.
 
     Raises:
         NoShards: The pattern matches nothing.
     """
-    name = f"{_fingerprint(expand(urls))}{'-labelled' if labelled else ''}.json"
-    return "manifests", name
+    word = _WORD["labels" if labelled else content]
+    return "manifests", f"{_fingerprint(expand(urls))}{word and f'-{word}'}.json"
 
 
-def read_manifest(url: str, *, labelled: bool = False) -> Manifest:
+def read_manifest(url: str, *, content: Content = "captions", labelled: bool = False) -> Manifest:
     """Reads a manifest from a file of its own.
 
     Args:
         url: Anything that fsspec opens.
-        labelled: Whether the manifest must vouch for labels instead of captions.
+        content: What the manifest must vouch for; `labelled` is short for `content="labels"`.
 
     Raises:
         NoShards: There is no such file.
-        BadManifest: It is no manifest, or vouches for the other kind of sample.
+        BadManifest: It is no manifest, or vouches for another content.
     """
     fs, path = fsspec.core.url_to_fs(url)
     try:
@@ -145,38 +174,60 @@ def read_manifest(url: str, *, labelled: bool = False) -> Manifest:
         manifest = Manifest.from_json(text)
     except BadManifest as error:
         raise BadManifest(f"{url} is {error}") from error
-    if manifest.labelled != labelled:
-        kind, wanted = ("labels", "captions") if manifest.labelled else ("captions", "labels")
-        flag = " --labelled" if labelled else ""
+    content = "labels" if labelled else content
+    if manifest.content != content:
+        word = _WORD[content]
         raise BadManifest(
-            f"{url} vouches for {kind}, {wanted} are needed: make another one with "
-            f"`kdscale data verify{flag}`"
+            f"{url} vouches for {manifest.content}, {content} are needed: make another one with "
+            f"`kdscale data verify{word and f' --{word}'}`"
         )
     return manifest
 
 
-def _drawn(spec: DataSpec, world: MiniWorld, storage: Storage, progress: Progress) -> Manifest:
-    """Draws a miniature world into the storage unless it is there.
+def _drawn(source: Source, world: MiniWorld, progress: Progress) -> Manifest:
+    """Draws a miniature world into the storage unless it is there, and verifies it likewise.
 
     Its shards are looked for in the storage as it is now, which may have been moved or mounted
-    elsewhere since they were drawn.
+    elsewhere since they were drawn. Captions and conversations of one world share its shards.
     """
-    from kdscale.mini.build import write_world
-
-    parts = ("data", _world_key(world))
-    if not storage.exists(*parts, "manifest.json"):
-        progress(f"drawing {world.num_samples:,} scenes of {spec.name} ({world.split})")
-        with tempfile.TemporaryDirectory() as directory:
-            write_world(world, directory)
-            storage.put_directory(directory, *parts)
+    storage, parts = source.storage, ("data", _world_key(world))
+    content: Content = "labels" if world.split == "eval" else "captions"
+    content = "conversations" if source.content == "conversations" else content
+    name = _DRAWN[content == "conversations"]
+    if not storage.exists(*parts, name):
+        if not any(storage.exists(*parts, known) for known in _DRAWN):
+            _draw(source, world, progress)
         urls = storage.url(*parts, "*.tar")
-        manifest = build_manifest(
-            spec.replace(mini=None, urls=urls), labelled=world.split == "eval"
-        )
-        storage.write(manifest.to_json().encode(), *parts, "manifest.json")
-    drawn = Manifest.from_json(storage.read(*parts, "manifest.json").decode())
+        spec = source.spec.replace(mini=None, urls=urls)
+        manifest = build_manifest(spec, content=content)
+        storage.write(manifest.to_json().encode(), *parts, name)
+    drawn = Manifest.from_json(storage.read(*parts, name).decode())
     shards = (replace(s, path=storage.url(*parts, s.path.rpartition("/")[2])) for s in drawn.shards)
     return replace(drawn, shards=tuple(shards))
+
+
+def _draw(source: Source, world: MiniWorld, progress: Progress) -> None:
+    """Draws a world's shards into the storage."""
+    from kdscale.mini.build import write_world
+
+    progress(f"drawing {world.num_samples:,} scenes of {source.spec.name} ({world.split})")
+    with tempfile.TemporaryDirectory() as directory:
+        write_world(world, directory)
+        source.storage.put_directory(directory, "data", _world_key(world))
+
+
+def questions_file(world: MiniWorld, storage: Storage, progress: Progress = lambda _: None) -> str:
+    """Returns the Parquet file of a world's questions; draws them first unless it is there."""
+    from kdscale.mini.build import write_questions
+
+    parts = ("data", _world_key(world))
+    if not storage.exists(*parts, QUESTIONS):
+        progress(f"drawing {world.num_samples:,} questions")
+        with tempfile.TemporaryDirectory() as directory:
+            path = write_questions(world, f"{directory}/{QUESTIONS}")
+            with open(path, "rb") as file:
+                storage.write(file.read(), *parts, QUESTIONS)
+    return storage.url(*parts, QUESTIONS)
 
 
 def _world_key(world: MiniWorld) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 from kdscale.core.config import EMBED_STAGE, Distill, Embed
 from kdscale.core.keys import content_key
 from kdscale.core.storage import StageStore, Storage
+from kdscale.core.vlm_config import FEATURES_STAGE, Evaluate, Features, VlmStage
+from kdscale.data.features import FeatureRef, find_features
 from kdscale.data.samples import Crop
 from kdscale.data.shards import Manifest
 from kdscale.data.sidecars import CacheRef
@@ -69,6 +71,75 @@ class DistillJob:
 
 
 @dataclass(frozen=True)
+class VlmInputs:
+    """What data tasks need of a VLM's models.
+
+    Attributes:
+        tokenizer: The language model's, pickled.
+        num_image_tokens: Visual tokens of one image.
+    """
+
+    tokenizer: bytes
+    image_token_id: int
+    num_image_tokens: int
+
+
+@dataclass(frozen=True)
+class VlmJob:
+    """Everything a worker needs to run a VLM stage; picklable. Attributes as of `DistillJob`."""
+
+    kind: str
+    key: str
+    storage_root: str
+    recipe: VlmStage
+    total_steps: int
+    data: Manifest
+    inputs: VlmInputs
+    record: dict[str, Any]
+    lease: str | None = None
+
+    @property
+    def stage(self) -> StageStore:
+        """The stage's directory."""
+        return StageStore(Storage(self.storage_root), self.kind, self.key)
+
+    @property
+    def features(self) -> FeatureRef | None:
+        """The cached features that this stage reads, None where the tower runs along.
+
+        Raises:
+            CacheMissing, CacheMismatch, CacheCorrupt: They are not those of this stage.
+        """
+        if self.recipe.features is None:
+            return None
+        key = self.recipe.features.removeprefix(FEATURES_STAGE)
+        store = StageStore(Storage(self.storage_root), Features.kind, key)
+        return find_features(store.url("output"), tower_of(vlm_features(self.recipe)))
+
+
+@dataclass(frozen=True)
+class EvaluateJob:
+    """Everything a worker needs to ask a VLM questions; picklable.
+
+    Attributes:
+        questions: Where the Parquet file of the questions is.
+    """
+
+    key: str
+    storage_root: str
+    recipe: Evaluate
+    questions: str
+    record: dict[str, Any]
+    lease: str | None = None
+    kind: str = Evaluate.kind
+
+    @property
+    def stage(self) -> StageStore:
+        """The stage's directory."""
+        return StageStore(Storage(self.storage_root), self.kind, self.key)
+
+
+@dataclass(frozen=True)
 class EmbedJob:
     """Everything an actor needs to embed shards; picklable.
 
@@ -98,6 +169,50 @@ class EmbedJob:
     def cache(self) -> CacheRef:
         """The cache that this stage writes."""
         return cache_ref(self.recipe, self.stage)
+
+
+@dataclass(frozen=True)
+class FeaturesJob:
+    """Everything an actor needs to compute a tower's features; attributes as of `EmbedJob`."""
+
+    key: str
+    storage_root: str
+    recipe: Features
+    data: Manifest
+    record: dict[str, Any]
+    lease: str | None = None
+    kind: str = Features.kind
+
+    @property
+    def stage(self) -> StageStore:
+        """The stage's directory."""
+        return StageStore(Storage(self.storage_root), self.kind, self.key)
+
+
+ShardJob = EmbedJob | FeaturesJob
+
+
+def vlm_features(recipe: VlmStage) -> Features:
+    """Returns the recipe of the features that a VLM stage reads."""
+    vision: Any = recipe.vision
+    data: Any = recipe.data
+    return Features(
+        vision=vision,
+        data=data,
+        image_mode=recipe.image_mode,
+        siglip_tokens=recipe.siglip_tokens,
+        hierarchical_tokens=recipe.hierarchical_tokens,
+        precision=recipe.precision or "fp32",
+        seed=recipe.seed if vision.weights == "random" else 0,
+        run=recipe.run,
+    )
+
+
+def tower_of(recipe: Features) -> str:
+    """Names a tower with all that decides its features of an image."""
+    key = content_key("tower", Features.version, recipe.vision, {})
+    tokens = f"{recipe.siglip_tokens}-{recipe.hierarchical_tokens}"
+    return f"{key}-{recipe.precision}-{recipe.image_mode}-{tokens}-{recipe.seed}"
 
 
 def embed_recipe(recipe: Distill) -> Embed:

@@ -7,7 +7,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +23,8 @@ from kdscale.stages.evaluate import Evaluator, Scores, cached_features
 from kdscale.stages.jobs import DistillJob
 from kdscale.stages.loop import World, batch_digest
 
+T = TypeVar("T")
+
 
 class Meter:
     """Tells how fast the steps go and how long they wait for data."""
@@ -31,7 +33,7 @@ class Meter:
         self._started = time.perf_counter()
         self._waited_s = 0.0
 
-    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def timed(self, batches: Iterator[T]) -> Iterator[T]:
         """Passes batches on and notes the time that each one took to come."""
         while True:
             asked = time.perf_counter()

@@ -19,32 +19,34 @@ import ray.train.torch
 import torch
 
 from kdscale.core.checkpoints import Checkpoints
-from kdscale.core.config import Execution, TowerSpec
+from kdscale.core.config import Execution
 from kdscale.core.journal import JournalWriter
 from kdscale.core.storage import StageStore
 from kdscale.core.types import (
-    FINAL_ERRORS,
     CheckpointError,
+    KdscaleError,
     StageFailed,
     StageRefused,
     final_cause,
+    named_cause,
 )
-from kdscale.data.samples import Batch, Crop
+from kdscale.data.instruct_stream import InstructStream, instruct_dataset
 from kdscale.data.stream import (
-    StreamConfig,
     TrainStream,
     data_config,
     execution_options,
     quiet,
     train_dataset,
 )
-from kdscale.models.preprocess import tokenizer
-from kdscale.stages.jobs import DistillJob, EmbedJob
+from kdscale.stages.jobs import DistillJob, EvaluateJob, FeaturesJob, ShardJob, VlmJob
+from kdscale.stages.streams import instruct_config, stream_config
+
+TrainJob = DistillJob | VlmJob | EvaluateJob
 
 HEALTH_CHECK_INTERVAL_S = "0.2"
 
 
-def fit(jobs: Sequence[DistillJob]) -> None:
+def fit(jobs: Sequence[TrainJob]) -> None:
     """Runs stages one after the other in one group of workers, each until it is finished.
 
     Starting processes costs more than a short stage, so a trial's stages share them. A stream is
@@ -69,7 +71,11 @@ def fit(jobs: Sequence[DistillJob]) -> None:
             _work,
             train_loop_config={"jobs": list(jobs), "in_group": run.num_workers > 0},
             scaling_config=_scaling(run),
-            datasets={job.key: _dataset_from_cursor(job) for job in jobs},
+            datasets={
+                job.key: _dataset_from_cursor(job)
+                for job in jobs
+                if not isinstance(job, EvaluateJob)
+            },
             dataset_config=data_config(run.data_cpus),
             run_config=ray.train.RunConfig(
                 name=jobs[-1].key,
@@ -84,7 +90,7 @@ def fit(jobs: Sequence[DistillJob]) -> None:
     raise_failed(jobs, failure)
 
 
-def raise_failed(jobs: Sequence[DistillJob | EmbedJob], error: Exception | None) -> None:
+def raise_failed(jobs: Sequence[TrainJob | ShardJob], error: Exception | None) -> None:
     """Raises what has ended an attempt, and notes it in the stage unless a worker has.
 
     Args:
@@ -107,7 +113,7 @@ def raise_failed(jobs: Sequence[DistillJob | EmbedJob], error: Exception | None)
     raise kind(f"{job.kind} {job.key} failed: {found['message']}") from error
 
 
-def embed(job: EmbedJob) -> None:
+def embed(job: ShardJob) -> None:
     """Embeds what is left of a data set: in this process, or by a pool of actors.
 
     Args:
@@ -117,14 +123,13 @@ def embed(job: EmbedJob) -> None:
         StageFailed: If a shard could not be embedded.
         StageRefused: If another attempt could not embed it either.
     """
-    from kdscale.stages.embed import Embedder, finish, pending, shards_of
+    from kdscale.stages.by_shard import clear_leftovers, finish, shards_of
 
     job.stage.forget_failure()
+    clear_leftovers(job)
     run, started = job.recipe.run or Execution(), time.time()
     journal, total = JournalWriter(job.stage, 1), len(shards_of(job))
-    left = pending(job)
-    threads = max(1, round(run.cpus_per_worker))
-    make = partial(Embedder, job, None, threads)
+    left, make = _left(job, max(1, round(run.cpus_per_worker)))
     resources = {"CPU": run.cpus_per_worker, "GPU": run.gpus_per_worker}
     summary: dict[str, Any] = {}
     try:
@@ -140,6 +145,17 @@ def embed(job: EmbedJob) -> None:
     except Exception as error:
         raise_failed([job], error)
     finish(job, summary, time.time() - started)
+
+
+def _left(job: ShardJob, threads: int) -> tuple[list[int], Callable[[], Any]]:
+    """Returns the shards that are left, and what makes the function that does one."""
+    if isinstance(job, FeaturesJob):
+        from kdscale.stages import features
+
+        return features.pending(job), partial(features.FeatureWriter, job, None, threads)
+    from kdscale.stages import embed
+
+    return embed.pending(job), partial(embed.Embedder, job, None, threads)
 
 
 def actor_map(
@@ -182,35 +198,6 @@ def actor_map(
     yield from dataset.iter_rows()
 
 
-def stream_config(job: DistillJob) -> StreamConfig:
-    """Returns the stream of a job from its first step: pixels and tokens for each tower."""
-    recipe = job.recipe
-    assert recipe.run is not None
-    running = (recipe.student, recipe.teacher if job.cache is None else None)
-    towers = [tower for tower in running if isinstance(tower, TowerSpec)]
-    return StreamConfig(
-        manifest=job.data,
-        global_batch_size=recipe.global_batch_size,
-        sizes=tuple(sorted({tower.image_px for tower in towers})),
-        epochs=recipe.epochs,
-        total_steps=job.total_steps,
-        seed=recipe.seed,
-        num_workers=recipe.run.world_size,
-        crop=Crop(seed=recipe.crop_seed, scale=recipe.crop_scale),
-        views=recipe.views,
-        captions=recipe.captions,
-        cache=job.cache,
-        tokenizers={tower.tokens_name: partial(_tokeniser, tower) for tower in towers},
-        cpus_per_task=recipe.run.cpus_per_data_task,
-        readers=max(1, round(recipe.run.data_cpus / 8)),  # reading is a tenth of decoding
-    )
-
-
-def _tokeniser(tower: TowerSpec) -> Callable[[list[str]], Any]:
-    """Returns a tower's tokenizer as data tasks want it, without torch where it can be."""
-    return tokenizer(tower).ids
-
-
 def _scaling(run: Execution) -> ray.train.ScalingConfig:
     """Translates an execution into Ray Train's terms."""
     resources = {"CPU": run.cpus_per_worker}
@@ -223,14 +210,16 @@ def _scaling(run: Execution) -> ray.train.ScalingConfig:
     )
 
 
-def _dataset_from_cursor(job: DistillJob) -> Callable[[], Any]:
+def _dataset_from_cursor(job: DistillJob | VlmJob) -> Callable[[], Any]:
     """Returns a function that makes the stream from the newest checkpoint on."""
 
     def make() -> Any:
-        start = Checkpoints(job.stage, keep=1).latest_step()
         # A stage that has all its steps reads no stream, but Ray wants one to exist.
-        config = replace(stream_config(job), start_step=min(start, job.total_steps - 1))
-        dataset = train_dataset(config)
+        start = min(Checkpoints(job.stage, keep=1).latest_step(), job.total_steps - 1)
+        if isinstance(job, VlmJob):
+            dataset = instruct_dataset(replace(instruct_config(job), start_step=start))
+        else:
+            dataset = train_dataset(replace(stream_config(job), start_step=start))
         # Local mode has no DataConfig, so the dataset carries its own budget.
         assert job.recipe.run is not None
         dataset.context.execution_options = execution_options(job.recipe.run.data_cpus)
@@ -250,7 +239,6 @@ def _work(config: dict[str, Any]) -> None:
         # The first stream starts its processes while this one imports the model libraries.
         first = _Started(jobs[0], rank)
         from kdscale.stages.loop import World
-        from kdscale.stages.run import Run
 
     world = World(rank=rank, size=size, device=device)
     for job in jobs:
@@ -258,7 +246,22 @@ def _work(config: dict[str, Any]) -> None:
             torch.set_num_threads(job.recipe.run.threads_per_worker)
         with noting(job.stage):
             stream = first if first.job is job else _Started(job, rank)
-            Run(job, world, report).train(stream.batches)
+            _attempt(job, world, report).train(stream.batches)
+
+
+def _attempt(job: TrainJob, world: Any, report: Callable[[dict[str, float]], None]) -> Any:
+    """Returns an attempt at a stage, importing what its kind needs."""
+    if isinstance(job, DistillJob):
+        from kdscale.stages.run import Run
+
+        return Run(job, world, report)
+    if isinstance(job, VlmJob):
+        from kdscale.stages.vlm_run import VlmRun
+
+        return VlmRun(job, world, report)
+    from kdscale.stages.answer import EvaluateRun
+
+    return EvaluateRun(job, world, report)
 
 
 @contextmanager
@@ -292,17 +295,19 @@ def _place(in_group: bool) -> tuple[int, int, torch.device, Callable[[dict[str, 
 class _Started:
     """A worker's stream of one stage, already on its way to the first batch."""
 
-    def __init__(self, job: DistillJob, rank: int) -> None:
-        self.job, self._start = job, Checkpoints(job.stage, keep=1).latest_step()
-        self._batches: Iterator[Batch] = iter(())
-        self._first: Future[Batch | None] | None = None
+    def __init__(self, job: TrainJob, rank: int) -> None:
+        self.job = job
+        self._batches: Iterator[Any] = iter(())
+        self._first: Future[Any] | None = None
+        if isinstance(job, EvaluateJob):
+            return
+        self._start = Checkpoints(job.stage, keep=1).latest_step()
         if self._start < job.total_steps:
             shard = ray.train.get_dataset_shard(job.key)
-            config = replace(stream_config(job), start_step=self._start)
-            self._batches = iter(TrainStream(shard, config, rank))
+            self._batches = iter(_stream(job, shard, self._start, rank))
             self._first = ThreadPoolExecutor(1).submit(next, self._batches, None)
 
-    def batches(self, start: int) -> Iterator[Batch]:
+    def batches(self, start: int) -> Iterator[Any]:
         """Yields the batches, which begin where the newest checkpoint ends.
 
         Raises:
@@ -319,14 +324,22 @@ class _Started:
             yield from self._batches
 
 
+def _stream(job: DistillJob | VlmJob, shard: Any, start: int, rank: int) -> Any:
+    """Returns a worker's side of a job's stream."""
+    if isinstance(job, VlmJob):
+        return InstructStream(shard, replace(instruct_config(job), start_step=start), rank)
+    return TrainStream(shard, replace(stream_config(job), start_step=start), rank)
+
+
 def _single(device: Any) -> torch.device:
     """Returns the first of the devices that Ray gives a worker."""
     return device[0] if isinstance(device, list) else device
 
 
 def _root_cause(error: BaseException | None) -> str:
-    """Returns the innermost message, which is the one a person can act on."""
-    while error is not None and not isinstance(error, FINAL_ERRORS) and error.__cause__ is not None:
+    """Returns our own message, else the innermost one: what a person can act on."""
+    error = error and (named_cause(error) or error)
+    while error is not None and not isinstance(error, KdscaleError) and error.__cause__ is not None:
         error = error.__cause__
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[-1] if text else ''}"

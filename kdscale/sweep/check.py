@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from kdscale.core.config import Distill, TowerSpec
+from kdscale.core.config import Distill, Execution, TowerSpec
 from kdscale.core.types import ConfigError, PrecisionError
+from kdscale.core.vlm_config import VlmStage
 from kdscale.losses.recipes import LossFlags, active_terms, needs_teacher, weights_for
 
 # Families of timm trunks that normalise by BatchNorm; others are found out when they are built.
@@ -27,6 +28,44 @@ def check_recipe(recipe: Distill) -> None:
     _check_numbers(recipe)
     _check_towers(recipe)
     _check_shares(recipe)
+
+
+def check_vlm(recipe: VlmStage) -> None:
+    """Refuses a resolved VLM stage that cannot run.
+
+    Raises:
+        PrecisionError: If fp16 is asked for without GPUs.
+        ConfigError: If the workers cannot share the micro-batches equally.
+    """
+    run = recipe.run
+    if run is None:
+        return
+    check_fp16(recipe.precision, run)
+    parts = recipe.global_batch_size // recipe.micro_batch_size
+    if parts % run.world_size:
+        raise ConfigError(
+            f"a {recipe.kind} step has {parts} micro-batches (global_batch_size "
+            f"{recipe.global_batch_size} / micro_batch_size {recipe.micro_batch_size}), which "
+            f"{run.world_size} workers cannot share equally; choose a divisor of {parts} workers"
+        )
+    if recipe.length_grouping and recipe.group_size % recipe.micro_batch_size:
+        raise ConfigError(
+            f"group_size {recipe.group_size} is no multiple of micro_batch_size "
+            f"{recipe.micro_batch_size}: micro-batches would mix modalities"
+        )
+
+
+def check_fp16(precision: str | None, run: Execution) -> None:
+    """Refuses fp16 where it is emulated.
+
+    Raises:
+        PrecisionError: With what to choose instead.
+    """
+    if precision == "fp16" and run.gpus_per_worker == 0:
+        raise PrecisionError(
+            "fp16 on a CPU is emulated and unusably slow; use precision='fp32' or 'bf16', "
+            "or give the workers GPUs (run.gpus_per_worker=1)"
+        )
 
 
 def check_cacheable(recipe: Distill) -> None:
@@ -72,12 +111,8 @@ def check_loss(recipe: Distill) -> None:
 
 def _check_numbers(recipe: Distill) -> None:
     """Refuses numbers out of range, and fp16 where it is emulated."""
-    run = recipe.run
-    if recipe.precision == "fp16" and run is not None and run.gpus_per_worker == 0:
-        raise PrecisionError(
-            "fp16 on a CPU is emulated and unusably slow; use precision='fp32' or 'bf16', "
-            "or give the workers GPUs (run.gpus_per_worker=1)"
-        )
+    if recipe.run is not None:
+        check_fp16(recipe.precision, recipe.run)
     if not all(0 <= beta < 1 for beta in recipe.betas):
         raise ConfigError(f"betas must lie in [0, 1), got {recipe.betas}")
     low, high = recipe.crop_scale

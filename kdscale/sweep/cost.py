@@ -1,4 +1,4 @@
-"""What stages cost: floating-point operations, bytes, and what a teacher cache saves.
+"""What stages cost: floating-point operations, bytes, and what caches of frozen towers save.
 
 Shape suffixes do not occur here; work is counted per sample in GFLOP, 2 per multiply-add.
 """
@@ -9,12 +9,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from kdscale.core.config import Distill, Embed, TowerSpec
+from kdscale.core.config import Distill, Embed, Recipe, TowerSpec
 from kdscale.core.keys import content_key
-from kdscale.stages.jobs import embed_recipe
+from kdscale.core.vlm_config import Features, LanguageModelSpec, VlmStage
+from kdscale.stages.jobs import embed_recipe, vlm_features
 
 EFFECTIVE_TFLOPS = 400.0
 ASSUMED_VIEWS = 5  # MobileCLIP-DR (arXiv 2311.17049) finds 5 crops enough for some 30 epochs
+PRETRAIN_TOKENS, FINETUNE_TOKENS = 30, 300  # of text, on average
 _KEY_BYTES = 16
 
 
@@ -28,7 +30,7 @@ class Work:
         total_steps: Optimizer steps, likewise.
     """
 
-    recipe: Distill | Embed
+    recipe: Recipe
     num_samples: int | None
     total_steps: int | None
 
@@ -59,6 +61,32 @@ class Saving:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class FeatureSaving:
+    """The same VLM stages with the tower online and from a feature cache.
+
+    Attributes:
+        online_flops: Everything at every step.
+        cached_flops: All but the tower at every step, and each tower once per sample.
+        bytes_stored: Size of all caches, were there an image in every sample.
+        share_saved: {kind of stage: the tower's share of its work}.
+    """
+
+    online_flops: float
+    cached_flops: float
+    bytes_stored: float
+    share_saved: dict[str, float]
+
+    def document(self) -> dict[str, Any]:
+        """Returns the comparison as JSON."""
+        return {
+            "online_gpu_hours": gpu_hours(self.online_flops),
+            "cached_gpu_hours": gpu_hours(self.cached_flops),
+            "bytes_stored": self.bytes_stored,
+            "share_saved": self.share_saved,
+        }
+
+
 def gpu_hours(flops: float) -> float:
     """Returns hours on an accelerator that sustains `EFFECTIVE_TFLOPS`."""
     return flops / (EFFECTIVE_TFLOPS * 1e12) / 3600
@@ -69,6 +97,13 @@ def flops(work: Work) -> float | None:
     recipe = work.recipe
     if isinstance(recipe, Embed):
         return _embed_flops(recipe, work.num_samples)
+    if isinstance(recipe, Features):
+        gflop, count = recipe.vision.facts.image_gflop, work.num_samples
+        return None if gflop is None or count is None else gflop * 1e9 * count
+    if isinstance(recipe, VlmStage):
+        return _vlm_flops(recipe, work.total_steps)
+    if not isinstance(recipe, Distill):
+        return 0.0  # a few thousand short answers
     own = _forward_gflop(recipe.student)
     online = recipe.teacher_outputs == "online"
     frozen = _forward_gflop(recipe.teacher) if online and recipe.teacher is not None else 0.0
@@ -87,6 +122,15 @@ def bytes_out(work: Work) -> float | None:
         parts = recipe.views + recipe.captions
         wide = 2 * parts * recipe.teacher.embed_dim if parts else 4 * recipe.teacher.width
         return covered * (wide + _KEY_BYTES * max(1, parts))
+    if isinstance(recipe, Features):
+        if work.num_samples is None:
+            return None
+        return float(work.num_samples * _feature_bytes(recipe))
+    if isinstance(recipe, VlmStage):
+        model: Any = recipe.llm
+        return 4e6 * model.mparams
+    if not isinstance(recipe, Distill):
+        return 0.0
     assert isinstance(recipe.student, TowerSpec)
     facts = recipe.student.facts
     if facts.image_mparams is None or facts.text_mparams is None:
@@ -123,13 +167,87 @@ def saving(works: Iterable[Work]) -> Saving | None:
     if not caches:
         return None
     stored = [bytes_out(work) for work in caches.values()]
-    views_used = sorted({work.recipe.views or 0 for work in caches.values()})
+    views_used = sorted({views_of(work.recipe) for work in caches.values()})
     return Saving(
         online_flops=online,
         cached_flops=cached + sum(flops(work) or 0.0 for work in caches.values()),
         bytes_stored=sum(size or 0.0 for size in stored),
         views=tuple(views_used),
     )
+
+
+def feature_saving(works: Iterable[Work]) -> FeatureSaving | None:
+    """Compares towers online with cached features for all VLM stages of a plan.
+
+    Returns:
+        None where no stage is of a VLM, or a tower's work or the data are unknown.
+    """
+    spent: dict[str, tuple[float, float]] = {}
+    caches: dict[str, Work] = {}
+    for work in works:
+        recipe = work.recipe
+        if not isinstance(recipe, VlmStage):
+            continue
+        both = [_vlm_flops(recipe, work.total_steps, cached=cached) for cached in (False, True)]
+        if both[0] is None or both[1] is None or work.num_samples is None:
+            return None
+        before = spent.get(recipe.kind, (0.0, 0.0))
+        spent[recipe.kind] = before[0] + both[0], before[1] + both[1]
+        features = vlm_features(recipe)
+        key = content_key(features.kind, features.version, features, {})
+        caches[key] = Work(recipe=features, num_samples=work.num_samples, total_steps=None)
+    if not spent:
+        return None
+    online, cached = (sum(column) for column in zip(*spent.values(), strict=True))
+    return FeatureSaving(
+        online_flops=online,
+        cached_flops=cached + sum(flops(work) or 0.0 for work in caches.values()),
+        bytes_stored=sum(bytes_out(work) or 0.0 for work in caches.values()),
+        share_saved={kind: 1 - without / whole for kind, (whole, without) in spent.items()},
+    )
+
+
+def views_of(recipe: Recipe) -> int:
+    """Returns how many crops per sample a cache holds."""
+    return recipe.views if isinstance(recipe, Embed) else 0
+
+
+def image_tokens(tower: TowerSpec, hierarchical_tokens: str = "last") -> int:
+    """Returns about how many tokens an image takes: patches, or places of a feature map."""
+    stride = tower.patch_px or (32 if hierarchical_tokens == "last" else 16)
+    return max(1, tower.image_px // stride) ** 2
+
+
+def _feature_bytes(recipe: Features) -> int:
+    """Returns the size of an image's features; a hierarchical tower's third stage is half as wide.
+
+    MobileViT's is narrower still.
+    """
+    tower = recipe.vision
+    third = tower.patch_px is None and recipe.hierarchical_tokens == "stage3"
+    return 2 * image_tokens(tower, recipe.hierarchical_tokens) * tower.width // (2 if third else 1)
+
+
+def _vlm_flops(
+    recipe: VlmStage, total_steps: int | None, cached: bool | None = None
+) -> float | None:
+    """Returns a VLM stage's operations, activations recomputed; `cached` as planned by default.
+
+    Forward and backward through the language model cost 2 and 4 operations a parameter and token
+    where it learns, forward, recomputing and the gradient of its inputs 6 where it does not.
+    """
+    tower, model = recipe.vision, recipe.llm
+    assert isinstance(tower, TowerSpec)
+    assert isinstance(model, LanguageModelSpec)
+    if total_steps is None or tower.facts.image_gflop is None:
+        return None
+    words = PRETRAIN_TOKENS if recipe.trainable == "projector" else FINETUNE_TOKENS
+    factor = 8 if recipe.trainable == "projector+llm" else 6
+    tokens = image_tokens(tower, recipe.hierarchical_tokens) + words
+    own = factor * model.mparams * 1e6 * tokens
+    reads = recipe.features is not None if cached is None else cached
+    frozen = 0.0 if reads else tower.facts.image_gflop * 1e9
+    return (own + frozen) * total_steps * recipe.global_batch_size
 
 
 def _embed_flops(recipe: Embed, num_samples: int | None) -> float | None:

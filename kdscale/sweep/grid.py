@@ -11,6 +11,9 @@ from typing import Any, cast
 from kdscale.core.config import Choice, Distill
 from kdscale.core.scale import Scale
 from kdscale.core.types import ConfigError
+from kdscale.core.vlm_config import Vlm
+
+VLM_STAGES = ("pretrain", "finetune")  # settings in these names change one stage of a VLM
 
 
 def choose(*options: Any) -> Any:
@@ -59,7 +62,7 @@ class Trial:
     """
 
     name: str
-    recipe: Distill
+    recipe: Distill | Vlm
     chosen: dict[str, Any]
 
 
@@ -77,7 +80,7 @@ class Sweep:
     """
 
     name: str
-    stages: list[Distill]
+    stages: list[Distill | Vlm]
     seeds: tuple[int, ...] = (0,)
     table: Pivot = field(default_factory=lambda: Pivot(rows="teacher", columns="loss"))
     baseline: dict[str, Any] | None = None
@@ -93,19 +96,19 @@ class Sweep:
             ConfigError: If the sweep varies such a field or tells its baseline by it.
         """
         recipes = [
-            recipe.replace(seed=seed)
+            _seeded(recipe, seed)
             for seed in self.seeds
             for template in self.stages
             for recipe in expand(template)
         ]
         # Single fields of `run` are set when the scale is known; they change no name.
-        changes = {name: value for name, value in (overrides or {}).items() if name != "run"}
-        self._check_free(changes, recipes)
-        recipes = [recipe.replace(**changes) for recipe in recipes]
+        changes = {k: v for k, v in (overrides or {}).items() if k not in ("run", *VLM_STAGES)}
+        self._check_free(changes, [recipe for recipe in recipes if isinstance(recipe, Distill)])
+        recipes = [_changed(recipe, changes) for recipe in recipes]
         varied = {
             name
             for name in Distill.model_fields
-            if len({label(getattr(recipe, name)) for recipe in recipes}) > 1
+            if len({label(getattr(r, name)) for r in recipes if isinstance(r, Distill)}) > 1
         } | {"student", "teacher", "loss"}
         return [_trial(recipe, varied) for recipe in recipes]
 
@@ -129,9 +132,12 @@ class Sweep:
         app(["run", *sys.argv])
 
 
-def expand(template: Distill) -> Iterator[Distill]:
-    """Yields the recipes that a recipe with choices stands for."""
+def expand(template: Distill | Vlm) -> Iterator[Distill | Vlm]:
+    """Yields the recipes that a recipe with choices stands for; a VLM's includes its student's."""
+    inner = getattr(template, "vision", None)
     choices = template.choices()
+    if isinstance(inner, Distill):
+        choices |= {f"vision.{name}": choice for name, choice in inner.choices().items()}
     links: dict[int, int] = {}
     for choice in choices.values():
         known = links.setdefault(id(choice.link), len(choice.options))
@@ -139,18 +145,52 @@ def expand(template: Distill) -> Iterator[Distill]:
             raise ConfigError(f"{choice!r} is linked to a choice of {known} options")
     for picks in itertools.product(*(range(count) for count in links.values())):
         index = dict(zip(links, picks, strict=True))
-        yield template.replace(
-            **{name: choice.options[index[id(choice.link)]] for name, choice in choices.items()}
-        )
+        taken = {name: choice.options[index[id(choice.link)]] for name, choice in choices.items()}
+        own = {name: value for name, value in taken.items() if "." not in name}
+        if isinstance(inner, Distill):
+            deep = {k.partition(".")[2]: v for k, v in taken.items() if "." in k}
+            own["vision"] = inner.replace(**deep)
+        yield template.replace(**own)
 
 
-def _trial(recipe: Distill, varied: set[str]) -> Trial:
+def _seeded(recipe: Distill | Vlm, seed: int) -> Distill | Vlm:
+    """Sets a recipe's seed, and its student's."""
+    if isinstance(recipe, Vlm) and isinstance(recipe.vision, Distill):
+        recipe = recipe.replace(vision=recipe.vision.replace(seed=seed))
+    return recipe.replace(seed=seed)
+
+
+def _changed(recipe: Distill | Vlm, changes: Mapping[str, Any]) -> Distill | Vlm:
+    """Sets fields of a distillation; in a VLM those of its student."""
+    if isinstance(recipe, Distill):
+        return recipe.replace(**changes)
+    if isinstance(recipe.vision, Distill):
+        return recipe.replace(vision=recipe.vision.replace(**changes))
+    return recipe
+
+
+def _trial(recipe: Distill | Vlm, varied: set[str]) -> Trial:
     """Names a trial by what distinguishes it."""
+    if isinstance(recipe, Vlm):
+        return _vlm_trial(recipe, varied)
     chosen = {name: label(getattr(recipe, name)) for name in Distill.model_fields if name in varied}
     teacher = chosen["teacher"]
     parts = [chosen["student"], "alone" if teacher is None else f"from {teacher}", chosen["loss"]]
     extra = [f"{k}={v}" for k, v in chosen.items() if k not in ("student", "teacher", "loss")]
     return Trial(name=" ".join([*map(str, parts), *extra]), recipe=recipe, chosen=chosen)
+
+
+def _vlm_trial(recipe: Vlm, varied: set[str]) -> Trial:
+    """Names a VLM's trial by framework, language model and tower."""
+    tower = _trial(recipe.vision, varied) if isinstance(recipe.vision, Distill) else recipe.vision
+    chosen = {"recipe": recipe.recipe, "llm": label(recipe.llm)}
+    if isinstance(tower, Trial):
+        chosen |= tower.chosen
+    else:
+        chosen["vision"] = label(tower)
+    where = tower.name if isinstance(tower, Trial) else label(tower)
+    name = f"{recipe.recipe} {chosen['llm']} on {where}"
+    return Trial(name=name, recipe=recipe, chosen=chosen)
 
 
 def label(value: Any) -> Any:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from kdscale.analysis.stats import Interval
 from kdscale.sweep.outcomes import DONE, Row, TeacherRow, TrialRow
 from kdscale.sweep.report import Cell, Table
+from kdscale.sweep.vlm_outcomes import VlmRow
 
 NONE = "–"
 METRICS = {
@@ -83,6 +84,34 @@ def teacher_grid(rows: Sequence[TeacherRow]) -> Grid:
             for row in rows
         ],
         notes=_notes(rows),
+    )
+
+
+def vlm_grid(row: VlmRow) -> Grid:
+    """Returns the table of one VLM's answers."""
+    columns = ("questions", "right %", "without image %", "chance %", "n", "images")
+    rows = [
+        [
+            Words(score.family),
+            Words(
+                f"{score.accuracy:.1f} {_interval(score.interval)}", "better" if score.sees else ""
+            ),
+            Words(f"{score.blind:.1f} {_interval(score.blind_interval)}"),
+            Words(f"{score.chance:.1f}"),
+            Words(f"{score.n:,}"),
+            Words(f"{score.groups:,}"),
+        ]
+        for score in row.scores
+    ]
+    constant = [s.family for s in row.scores if s.constant_share == 100 and s.n > 1]
+    notes = [f"gives one and the same answer to every question: {', '.join(constant)}"]
+    if row.state != DONE:
+        rows = [[Words(f"{row.state}: {row.stage}", "muted"), *([Words(NONE, "muted")] * 5)]]
+    return Grid(
+        title=f"VLM: {row.name}, {_duration(row.seconds)}" if row.scores else f"VLM: {row.name}",
+        columns=columns,
+        rows=rows,
+        notes=[*(notes if constant else []), *([row.note] if row.note else [])],
     )
 
 

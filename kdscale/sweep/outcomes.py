@@ -25,12 +25,14 @@ from kdscale.core.config import Distill, ZeroShotSpec
 from kdscale.core.journal import Line, read_steps
 from kdscale.core.storage import StageStore, Storage
 from kdscale.core.types import DataError, StorageError
+from kdscale.core.vlm_config import Evaluate
 from kdscale.sweep.plan import Stage
 
 LEVEL = 0.95
 DONE = "done"
 NOT_FINISHED = "not finished"
 NUM_IMAGENET_CLASSES = 1000
+ANSWERS = "answers.parquet"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,12 +112,14 @@ class Outcome:
         metrics: Of the last evaluation; empty where unfinished.
         seconds: Wall time, as the record says.
         note: What is odd about it, in words; empty where nothing is.
+        answers: One row a question, of an evaluated VLM.
     """
 
     stage: Stage
     done: bool
     journal: list[Line]
     predictions: Predictions | None = None
+    answers: list[dict[str, Any]] | None = None
     score: Score | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: float | None = None
@@ -222,16 +226,25 @@ def read_outcome(stage: Stage, storage: Storage) -> Outcome:
         except (DataError, StorageError) as error:
             predictions, note = None, f"no score: {error}"
     seconds = _json(store, "stage.json").get("seconds")
+    answers = read_answers(store) if isinstance(stage.recipe, Evaluate) else None
     return Outcome(
         stage=stage,
         done=True,
         journal=journal,
         predictions=predictions,
+        answers=answers,
         score=score,
         metrics=_json(store, "output", "metrics.json"),
         seconds=None if seconds is None else float(seconds),
         note=note,
     )
+
+
+def read_answers(store: StageStore) -> list[dict[str, Any]]:
+    """Reads what an evaluated VLM has answered, one row a question."""
+    data = store.storage.read(*store.parts, "output", ANSWERS)
+    table: Any = cast(Any, pq).read_table(io.BytesIO(data))
+    return table.to_pylist()
 
 
 def _json(store: StageStore, *parts: str) -> dict[str, Any]:

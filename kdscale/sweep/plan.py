@@ -10,17 +10,36 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kdscale.core.config import EMBED_STAGE, STAGE_WEIGHTS, DataSpec, Distill, Embed, TowerSpec
-from kdscale.core.keys import content_key
+from kdscale.core.config import (
+    EMBED_STAGE,
+    STAGE_WEIGHTS,
+    DataSpec,
+    Distill,
+    Embed,
+    Recipe,
+    TowerSpec,
+)
+from kdscale.core.keys import content_key, local_files
 from kdscale.core.scale import Scale, Sizes, data_names, resolve, teacher_of
 from kdscale.core.storage import StageStore, Storage
 from kdscale.core.types import DataError, NoShards, unknown_name
+from kdscale.core.vlm_config import Evaluate, Features, Vlm, VlmStage
+from kdscale.data.shards import Content
 from kdscale.losses.recipes import LossFlags
-from kdscale.stages.inputs import Source, find_source
+from kdscale.stages.inputs import Source, content_of, find_source
 from kdscale.stages.jobs import embed_recipe, features_recipe
 from kdscale.sweep.check import check_cacheable, check_recipe
-from kdscale.sweep.cost import EFFECTIVE_TFLOPS, Work, bytes_out, flops, gpu_hours, saving
-from kdscale.sweep.grid import Sweep, Trial
+from kdscale.sweep.cost import (
+    EFFECTIVE_TFLOPS,
+    Work,
+    bytes_out,
+    feature_saving,
+    flops,
+    gpu_hours,
+    saving,
+)
+from kdscale.sweep.grid import VLM_STAGES, Sweep, Trial
+from kdscale.sweep.vlm import add_vlm
 
 ROLES = ("student", "teacher", "data", "zero_shot")
 
@@ -38,12 +57,13 @@ class Stage:
         bytes_out: Size of the output, estimated.
         estimated: The data are not at hand: all this follows from the samples that the data
             spec says there are.
+        data_hash: Manifest of the data that the key stands for, None where none was at hand.
     """
 
     kind: str
     key: str
     name: str
-    recipe: Distill | Embed
+    recipe: Recipe
     inputs: tuple[str, ...]
     num_samples: int | None
     total_steps: int | None
@@ -51,6 +71,7 @@ class Stage:
     bytes_out: float | None
     reused: bool
     estimated: bool = False
+    data_hash: str | None = None
 
     @property
     def gpu_hours(self) -> float | None:
@@ -112,7 +133,9 @@ class Plan:
 
     def document(self) -> dict[str, Any]:
         """Returns the plan as JSON: trials, stages, cost."""
-        cache = saving(stage.work for stage in self.stages.values())
+        works = [stage.work for stage in self.stages.values()]
+        guessed = {"estimated": any(stage.estimated for stage in self.stages.values())}
+        teachers, features = saving(works), feature_saving(works)
         return {
             "trials": [
                 {
@@ -125,9 +148,8 @@ class Plan:
             ],
             "stages": [self._stage_document(stage) for stage in self.stages.values()],
             "cost": self._cost(),
-            "teacher_cache": cache
-            and cache.document()
-            | {"estimated": any(stage.estimated for stage in self.stages.values())},
+            "teacher_cache": teachers and teachers.document() | guessed,
+            "feature_cache": features and features.document() | guessed,
         }
 
     def _stage_document(self, stage: Stage) -> dict[str, Any]:
@@ -173,8 +195,8 @@ class Planner:
 
     def __init__(self, storage: Storage, scale: Scale, overrides: Mapping[str, Any]) -> None:
         self.plan = Plan(scale=scale, storage=storage)
-        self._overrides = dict(overrides)
-        self._sources: dict[tuple[str, bool], Source | None] = {}
+        self.overrides = dict(overrides)
+        self._sources: dict[tuple[str, str], Source | None] = {}
         self._names: set[str] = set()
 
     def add(self, sweep: Sweep) -> None:
@@ -183,15 +205,26 @@ class Planner:
         Raises:
             ConfigError: If an override sets what the sweep varies, or a recipe cannot run.
         """
-        for trial in sweep.trials(self._overrides):
+        for trial in sweep.trials(self.overrides):
             path: list[str] = []
-            # Set in the trial already, before a scale shrank the sizes; roles are specs by now.
-            again = {k: v for k, v in self._overrides.items() if k not in ROLES}
-            recipe = resolve(trial.recipe, self.plan.scale, again)
-            recipe = recipe.replace(teacher=self._teacher(trial.recipe, path))
-            recipe = self._cached(recipe, path)
-            self._add_stage("distill", trial.name, recipe, path)
+            if isinstance(trial.recipe, Vlm):
+                add_vlm(self, trial.recipe, trial.name, path)
+            else:
+                self.distill(trial.recipe, trial.name, path)
+            path = list(dict.fromkeys(path))
             self.plan.trials.append(PlannedTrial(sweep=sweep.name, trial=trial, path=tuple(path)))
+
+    def distill(self, recipe: Distill, name: str, path: list[str]) -> TowerSpec:
+        """Adds a distillation with the stages that it needs, and returns its student."""
+        # Set in the trial already, before a scale shrank the sizes; roles are specs by now.
+        skipped = (*ROLES, *VLM_STAGES)
+        again = {k: v for k, v in self.overrides.items() if k not in skipped}
+        resolved = resolve(recipe, self.plan.scale, again)
+        resolved = resolved.replace(teacher=self.teacher(recipe, path))
+        resolved = self._cached(resolved, path)
+        key = self.add_stage("distill", name, resolved, path)
+        assert isinstance(resolved.student, TowerSpec)
+        return resolved.student.replace(weights=f"{STAGE_WEIGHTS}distill/{key}")
 
     def check_paths(self) -> None:
         """Raises UnknownName if a path was given for a data set that no stage reads."""
@@ -199,41 +232,54 @@ class Planner:
             if name and name not in self._names:
                 raise unknown_name("data set", name, self._names)
 
-    def _teacher(self, recipe: Distill, path: list[str]) -> TowerSpec | None:
+    def teacher(self, recipe: Distill, path: list[str]) -> TowerSpec | None:
         """Returns the teacher's tower; adds the stage that trains it where there is one."""
         found = teacher_of(recipe, self.plan.scale)
         if not isinstance(found, Distill):
             return found
         tower = found.student
         assert isinstance(tower, TowerSpec)
-        limits = {k: v for k, v in self._overrides.items() if k in ("max_steps", "run")}
+        limits = {k: v for k, v in self.overrides.items() if k in ("max_steps", "run")}
         own_sizes = self.plan.scale.replace(sizes=Sizes())
         pretrain = resolve(found, own_sizes, limits)
-        key = self._add_stage("teacher", tower.name, pretrain, path)
+        key = self.add_stage("teacher", tower.name, pretrain, path)
         return tower.replace(weights=f"{STAGE_WEIGHTS}teacher/{key}")
 
     def _cached(self, recipe: Distill, path: list[str]) -> Distill:
         """Adds the stages that fill a teacher cache, and names them in the recipe."""
-        if recipe.teacher_outputs != "cached" or recipe.teacher is None:
+        if recipe.teacher_outputs != "cached":
             return recipe
+        if recipe.teacher is None:
+            return recipe.replace(teacher_outputs="online")  # one key, whatever is asked of others
         check_cacheable(recipe)
         teacher: Any = recipe.teacher
         embed = embed_recipe(recipe)
-        key = self._add_stage("embed", f"{teacher.name} x {embed.views}", embed, path)
+        key = self.add_stage("embed", f"{teacher.name} x {embed.views}", embed, path)
         changes = {"teacher_outputs": EMBED_STAGE + key}
         if recipe.zero_shot is not None:
             features = features_recipe(recipe)
-            key = self._add_stage("embed", f"{teacher.name} for CKA", features, path)
+            key = self.add_stage("embed", f"{teacher.name} for CKA", features, path)
             changes["eval_outputs"] = EMBED_STAGE + key
         return recipe.replace(**changes)
 
-    def _add_stage(self, kind: str, name: str, recipe: Distill | Embed, path: list[str]) -> str:
+    def key_of(self, kind: str, recipe: Recipe) -> str:
+        """Returns the content key of a stage, whether the plan has it or not."""
+        manifests = {s.spec.urls: s.hash for s in self._sources_of(recipe) if s and s.spec.urls}
+        more = _beside_recipe(recipe) | local_files(recipe)
+        return content_key(kind, recipe.version, recipe, manifests, more)
+
+    def is_done(self, recipe: Recipe) -> bool:
+        """Tells whether a stage is finished that is of the kind of its recipe."""
+        key = self.key_of(recipe.kind, recipe)
+        return StageStore(self.plan.storage, recipe.kind, key).is_done()
+
+    def add_stage(self, kind: str, name: str, recipe: Recipe, path: list[str]) -> str:
         """Adds a stage unless the plan has it, and appends its key to the path."""
         if isinstance(recipe, Distill):
             check_recipe(recipe)
-        data, *others = self._sources_of(recipe)
-        manifests = {s.spec.urls: s.hash for s in (data, *others) if s and s.spec.urls}
-        key = content_key(kind, recipe.version, recipe, manifests, _beside_recipe(recipe))
+        sources = self._sources_of(recipe)
+        wanted, data = len(sources), sources[0] if sources else None
+        key = self.key_of(kind, recipe)
         if key not in self.plan.stages:
             work = _amount(recipe, data)
             self.plan.stages[key] = Stage(
@@ -247,34 +293,36 @@ class Planner:
                 flops=flops(work),
                 bytes_out=bytes_out(work),
                 reused=StageStore(self.plan.storage, kind, key).is_done(),
-                estimated=data is None and work.num_samples is not None,
+                estimated=wanted > 0 and data is None and work.num_samples is not None,
+                data_hash=data.hash if data is not None and data.spec.urls else None,
             )
         path.append(key)
         return key
 
-    def _sources_of(self, recipe: Distill | Embed) -> list[Source | None]:
+    def _sources_of(self, recipe: Recipe) -> list[Source | None]:
         """Finds a recipe's training data and, after them, its benchmark's."""
-        if isinstance(recipe, Embed):
-            return [self._source(recipe.data, labelled=recipe.views == 0)]
-        benchmark: Any = recipe.zero_shot
-        more = [] if benchmark is None else [self._source(benchmark.data, labelled=True)]
-        return [self._source(recipe.data), *more]
+        if isinstance(recipe, Evaluate):
+            return []
+        read: Any = recipe
+        benchmark = getattr(recipe, "zero_shot", None)
+        more = [] if benchmark is None else [self._source(benchmark.data, "labels")]
+        return [self._source(read.data, content_of(recipe)), *more]
 
-    def _source(self, spec: Any, *, labelled: bool = False) -> Source | None:
+    def _source(self, spec: Any, content: Content = "captions") -> Source | None:
         """Finds a data set once; absent data are noted, not fatal: a plan may come first."""
         assert isinstance(spec, DataSpec)
         self._names.update(data_names(spec, self.plan.scale))
-        name = (spec.model_dump_json(), labelled)
+        name = (spec.model_dump_json(), content)
         if name not in self._sources:
             try:
-                self._sources[name] = find_source(spec, self.plan.storage, labelled=labelled)
+                self._sources[name] = find_source(spec, self.plan.storage, content=content)
             except NoShards as error:
                 self._sources[name] = None
                 self.plan.missing.append(str(error))
         return self._sources[name]
 
 
-def total_steps(recipe: Distill, num_samples: int) -> int:
+def total_steps(recipe: Distill | VlmStage, num_samples: int) -> int:
     """Returns the optimizer steps of a recipe on so many samples.
 
     Raises:
@@ -290,25 +338,29 @@ def total_steps(recipe: Distill, num_samples: int) -> int:
     return steps if recipe.max_steps is None else min(steps, recipe.max_steps)
 
 
-def _amount(recipe: Distill | Embed, data: Source | None) -> Work:
+def _amount(recipe: Recipe, data: Source | None) -> Work:
     """Returns a recipe beside its amount of data: counted, or what the data spec says."""
+    if isinstance(recipe, Evaluate):
+        return Work(recipe=recipe, num_samples=recipe.questions.mini.num_samples, total_steps=1)
     if data is not None:
         return Work(recipe=recipe, num_samples=data.num_samples, total_steps=_units(recipe, data))
+    assert isinstance(recipe, Distill | Embed | Features | VlmStage)
     assert isinstance(recipe.data, DataSpec)
     said = recipe.data.num_samples
-    steps = total_steps(recipe, said) if said and isinstance(recipe, Distill) else None
+    steps = total_steps(recipe, said) if said and isinstance(recipe, Distill | VlmStage) else None
     return Work(recipe=recipe, num_samples=said, total_steps=steps)
 
 
-def _units(recipe: Distill | Embed, data: Source) -> int:
+def _units(recipe: Recipe, data: Source) -> int:
     """Returns a stage's optimizer steps, or the shards that it embeds."""
-    if isinstance(recipe, Distill):
+    if isinstance(recipe, Distill | VlmStage):
         return total_steps(recipe, data.num_samples)
-    share = min(1.0, (recipe.max_samples or data.num_samples) / data.num_samples)
+    limit = recipe.max_samples if isinstance(recipe, Embed) else None
+    share = min(1.0, (limit or data.num_samples) / data.num_samples)
     return math.ceil(share * data.num_shards)
 
 
-def _beside_recipe(recipe: Distill | Embed) -> dict[str, Any]:
+def _beside_recipe(recipe: Recipe) -> dict[str, Any]:
     """Returns what decides a stage's numbers though its execution otherwise does not."""
     if not isinstance(recipe, Distill) or recipe.run is None:
         return {}

@@ -100,6 +100,11 @@ class Follower:
 
 def describe_line(line: Line, total_steps: int | None) -> str:
     """Puts a journal line in words."""
+    if "questions" in line:
+        return (
+            f"{line['questions']} questions  {line['accuracy']:.1f} % right, "
+            f"{line['blind']:.1f} % without the image"
+        )
     if "shards" in line:
         return f"shard {line['step']}/{line['shards']}  {line['samples_per_s']:,.0f} samples/s"
     parts = [f"step {line['step']}/{total_steps or '?'}", f"loss {line['total']:.3f}"]
@@ -108,6 +113,8 @@ def describe_line(line: Line, total_steps: int | None) -> str:
     if "cka_debiased" in line:
         parts.append(f"CKA {line['cka_debiased']:.3f}")
     parts.append(f"{line['samples_per_s']:,.0f} samples/s")
+    if "tokens_per_s" in line:
+        parts.append(f"{line['tokens_per_s']:,.0f} tokens/s")
     parts.append(f"data wait {100 * line['data_wait']:.0f} %")
     return "  ".join(parts)
 
@@ -148,19 +155,19 @@ def print_plan(plan: Plan, console: Console) -> None:
         branches[stage.key] = parent.add(_stage_label(plan, stage))
     console.print(tree)
     console.print(_cost_line(plan.document()["cost"]))
-    _print_saving(plan, console)
+    _print_savings(plan, console)
     for text in sorted(set(plan.missing)):
         console.print(f"[yellow]missing:[/] {text}")
 
 
 def _cost_line(cost: dict[str, Any]) -> str:
     """Says what is left to run costs, as far as that is known."""
-    work, size = "work unknown", "size of the models unknown"
+    work, size = "work unknown", "size of the output unknown"
     if cost["flops"] is not None:
         work = f"{cost['flops'] / 1e15:,.3g} PFLOP, {cost['gpu_hours']:,.3g} GPU-hours at "
         work += f"{cost['effective_tflops']:g} TFLOP/s"
     if cost["bytes_out"] is not None:
-        size = f"{cost['bytes_out'] / 1e6:,.3g} MB of models"
+        size = f"{cost['bytes_out'] / 1e6:,.3g} MB of output"
     note = _estimated(cost)
     return f"to run: {cost['stages_to_run']} of {cost['stages_total']} stages, {work}, {size}{note}"
 
@@ -170,18 +177,33 @@ def _estimated(document: dict[str, Any]) -> str:
     return " [yellow](estimated: data not at hand)[/]" if document["estimated"] else ""
 
 
-def _print_saving(plan: Plan, console: Console) -> None:
-    """Prints what the distillations cost with the teachers online and from caches."""
-    found = plan.document()["teacher_cache"]
-    if found is None:
-        return
+def _print_savings(plan: Plan, console: Console) -> None:
+    """Prints what training costs with the frozen towers online and from caches."""
+    document = plan.document()
+    found = document["teacher_cache"]
+    if found is not None:
+        views = " or ".join(map(str, found["views"]))
+        console.print(
+            f"teachers {_compared(found)} with {views} views in "
+            f"{found['bytes_stored'] / 1e9:,.3g} GB "
+            f"[dim](teacher_outputs=cached)[/]{_estimated(found)}"
+        )
+    found = document["feature_cache"]
+    if found is not None:
+        shares = ", ".join(f"{kind} {share:.0%}" for kind, share in found["share_saved"].items())
+        console.print(
+            f"VLM towers {_compared(found)} in at most {found['bytes_stored'] / 1e9:,.3g} GB; "
+            f"less work in {shares} [dim](feature_cache=True)[/]{_estimated(found)}"
+        )
+
+
+def _compared(found: dict[str, Any]) -> str:
+    """Compares the cost of training with towers online and cached, filling the cache included."""
     online, cached = found["online_gpu_hours"], found["cached_gpu_hours"]
-    views = " or ".join(map(str, found["views"]))
-    console.print(
-        f"teachers online {online:,.3g} GPU-hours, cached {cached:,.3g} ({online / cached:.1f} "
-        f"times less) with {views} views in {found['bytes_stored'] / 1e9:,.3g} GB "
-        f"[dim](teacher_outputs=cached)[/]{_estimated(found)}"
-    )
+    change = f"{online / cached:.1f} times less"
+    if cached > online:
+        change = f"{cached / online:.1f} times more"
+    return f"online {online:,.3g} GPU-hours, cached {cached:,.3g} ({change})"
 
 
 def teacher_table(plan: Plan) -> Table:
@@ -201,7 +223,8 @@ def teacher_table(plan: Plan) -> Table:
 
 def _stage_label(plan: Plan, stage: Stage) -> str:
     """Describes a stage in one line."""
-    steps = f"{'about ' if stage.estimated else ''}{stage.total_steps or 'unknown'} steps"
+    unit = "shards" if stage.kind in ("embed", "features") else "steps"
+    steps = f"{'about ' if stage.estimated else ''}{stage.total_steps or 'unknown'} {unit}"
     state = "[green]finished[/]" if stage.reused else steps
     shared = plan.shared_by(stage.key)
     note = f", shared by {shared} trials" if shared > 1 else ""

@@ -27,7 +27,7 @@ from kdscale.sweep.figures import (
     scores_figure,
     to_svg,
 )
-from kdscale.sweep.grids import Grid, Words, pivot_grid, teacher_grid, trial_grid
+from kdscale.sweep.grids import Grid, Words, pivot_grid, teacher_grid, trial_grid, vlm_grid
 from kdscale.sweep.plan import Plan
 from kdscale.sweep.report import Report, Table
 from kdscale.sweep.sheet import sheet_figure
@@ -69,6 +69,9 @@ def print_report(report: Report, console: Console) -> None:
         _print_grid(pivot_grid(table, rows), console)
         _print_grid(trial_grid(rows), console)
         console.print(Text(report.verdict(table.sweep)))
+        for row in report.vlms:
+            if row.sweep == table.sweep:
+                _print_grid(vlm_grid(row), console)
     console.print(Text("\n".join(("", *HOW_TO_READ)), style="dim"))
 
 
@@ -169,10 +172,11 @@ def _section(report: Report, table: Table, storage: Storage) -> str:
     rows = report.of(sweep)
     figures = [_html_figure(plot, sweep, partial(draw, report, sweep)) for plot, draw in PLOTS]
     figures.append(_html_figure(SHEET, sweep, partial(sheet_figure, report, sweep, storage)))
+    vlms = "".join(_html_grid(vlm_grid(row)) for row in report.vlms if row.sweep == sweep)
     return (
         f"<section><h2>{escape(sweep)}</h2><p>{escape(report.verdict(sweep))}</p>"
         f"{_html_grid(pivot_grid(table, rows))}{figures[0]}{_html_grid(trial_grid(rows))}"
-        f"{''.join(figures[1:])}</section>"
+        f"{''.join(figures[1:])}{vlms}</section>"
     )
 
 

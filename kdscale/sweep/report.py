@@ -29,6 +29,7 @@ from kdscale.sweep.outcomes import (
     read_outcome,
 )
 from kdscale.sweep.plan import STAGE_WEIGHTS, Plan, PlannedTrial
+from kdscale.sweep.vlm_outcomes import VlmRow, vlm_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,7 @@ class Report:
     teachers: tuple[TeacherRow, ...]
     tables: tuple[Table, ...]
     warnings: tuple[str, ...]
+    vlms: tuple[VlmRow, ...] = ()
     outcomes: dict[str, Outcome] = field(repr=False)
 
     @property
@@ -123,6 +125,7 @@ class Report:
                 "stages_total": len(self.outcomes),
                 "trials": [_row_document(row) for row in self.trials],
                 "teachers": [_row_document(row) for row in self.teachers],
+                "vlms": [row.document() for row in self.vlms],
                 "tables": [_table_document(table) for table in self.tables],
                 "warnings": self.warnings,
             }
@@ -174,6 +177,7 @@ def build_report(plan: Plan, sweeps: Sequence[Sweep], *, command: str | None = N
     """
     names = {sweep.name for sweep in sweeps}
     chosen = [trial for trial in plan.trials if trial.sweep in names]
+    distilled = [trial for trial in chosen if isinstance(trial.trial.recipe, Distill)]
     keys = dict.fromkeys(key for trial in chosen for key in trial.path)
     outcomes = {key: read_outcome(plan.stages[key], plan.storage) for key in keys}
     warnings = list(dict.fromkeys(plan.missing))
@@ -181,7 +185,7 @@ def build_report(plan: Plan, sweeps: Sequence[Sweep], *, command: str | None = N
     tables: list[Table] = []
     for sweep in sweeps:
         _check_fields(sweep)
-        planned = [trial for trial in chosen if trial.sweep == sweep.name]
+        planned = [trial for trial in distilled if trial.sweep == sweep.name]
         rows = [_trial_row(trial, planned, sweep, outcomes) for trial in planned]
         tables.append(_table(sweep, rows, outcomes))
         warnings += _warnings(sweep, rows)
@@ -192,8 +196,9 @@ def build_report(plan: Plan, sweeps: Sequence[Sweep], *, command: str | None = N
         storage=plan.storage.root,
         command=command or f"kdscale run {files} --scale {plan.scale.name}",
         trials=tuple(trials),
-        teachers=tuple(_teacher_rows(chosen, outcomes)),
+        teachers=tuple(_teacher_rows(distilled, outcomes)),
         tables=tuple(tables),
+        vlms=vlm_rows(chosen, outcomes),
         warnings=tuple(warnings),
         outcomes=outcomes,
     )
@@ -313,7 +318,7 @@ def _teacher_rows(
     """Reports every teacher once, whether a stage trains it or not."""
     found: dict[str, tuple[TowerSpec, list[str]]] = {}
     for planned in trials:
-        tower = outcomes[planned.key].stage.recipe.teacher
+        tower = outcomes[planned.key].stage.training.teacher
         if isinstance(tower, TowerSpec):
             roles = found.setdefault(tower.model_dump_json(), (tower, []))[1]
             roles.append(_label(planned, "teacher"))

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import groupby
 from typing import Any
 
@@ -25,17 +23,16 @@ import ray
 import ray.cloudpickle
 import ray.tune
 
-import kdscale
-from kdscale.core.config import Distill, Embed, Execution, TowerSpec
-from kdscale.core.keys import describe
+from kdscale.core.config import Distill, Embed, Execution
 from kdscale.core.storage import Lease, Storage
 from kdscale.core.types import ImpossibleResources, StageFailed, StageRefused
-from kdscale.data.shards import Manifest, check_labels
-from kdscale.stages.inputs import find_source
-from kdscale.stages.jobs import DistillJob, EmbedJob
+from kdscale.core.vlm_config import Evaluate, Features
+from kdscale.data.shards import Content, check_labels
+from kdscale.stages.inputs import content_of, find_source, questions_file
 from kdscale.sweep.grid import Sweep
+from kdscale.sweep.orders import shard_job, training_job
 from kdscale.sweep.outcomes import num_classes
-from kdscale.sweep.plan import Plan, PlannedTrial, Stage, total_steps
+from kdscale.sweep.plan import Plan, PlannedTrial, Stage
 
 WAIT_FOR_WRITER_S = 1.0
 START_ATTEMPTS = 3
@@ -299,66 +296,18 @@ def _run_in_turn(stages: Sequence[Stage], tokens: Sequence[str], storage: Storag
     from kdscale.stages.worker import embed, fit
 
     pairs = list(zip(stages, tokens, strict=True))
-    for embeds, group in groupby(pairs, lambda pair: isinstance(pair[0].recipe, Embed)):
-        if embeds:
+    for (by_shard, _), group in groupby(pairs, lambda pair: _team(pair[0])):
+        if by_shard:
             for stage, token in group:
-                embed(_embed_job(stage, token, storage))
+                embed(shard_job(stage, token, storage))
         else:
-            fit([_job(stage, token, storage) for stage, token in group])
+            fit([training_job(stage, token, storage) for stage, token in group])
 
 
-def _job(stage: Stage, token: str, storage: Storage) -> DistillJob:
-    """Returns what the workers are told."""
-    recipe: Any = stage.recipe
-    data = find_source(recipe.data, storage).manifest()
-    zero_shot = recipe.zero_shot
-    benchmark = zero_shot and find_source(zero_shot.data, storage, labelled=True).manifest()
-    steps = total_steps(recipe, data.num_samples)
-    return DistillJob(
-        kind=stage.kind,
-        key=stage.key,
-        storage_root=storage.root,
-        recipe=recipe,
-        total_steps=steps,
-        data=data,
-        zero_shot_data=benchmark,
-        record=_record(stage, data) | {"total_steps": steps},
-        lease=token,
-    )
-
-
-def _embed_job(stage: Stage, token: str, storage: Storage) -> EmbedJob:
-    """Returns what the embedders are told."""
-    recipe: Any = stage.recipe
-    data = find_source(recipe.data, storage, labelled=recipe.views == 0).manifest()
-    return EmbedJob(stage.key, storage.root, recipe, data, _record(stage, data), token)
-
-
-def _record(stage: Stage, data: Manifest) -> dict[str, Any]:
-    """Returns what `stage.json` says of a stage before it runs."""
-    teacher = stage.recipe.teacher
-    return {
-        "kind": stage.kind,
-        "key": stage.key,
-        "name": stage.name,
-        "inputs": list(stage.inputs),
-        "recipe": describe(stage.recipe, {}),
-        "teacher": teacher.name if isinstance(teacher, TowerSpec) else None,
-        "manifest": data.hash,
-        "quarantined": data.causes(),
-        "versions": {name: version(name) for name in ("torch", "ray", "open_clip_torch", "timm")}
-        | {"kdscale": kdscale.__version__},
-        "git": git_revision(),
-    }
-
-
-def git_revision() -> str | None:
-    """Returns the checked-out revision of the source tree, None outside one."""
-    root = os.path.dirname(os.path.dirname(kdscale.__file__))
-    found = subprocess.run(
-        ["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or None
+def _team(stage: Stage) -> tuple[bool, str]:
+    """Names the group of processes that a stage wants."""
+    run = stage.recipe.run
+    return isinstance(stage.recipe, Embed | Features), "" if run is None else run.model_dump_json()
 
 
 def prepare(plan: Plan, progress: Any) -> None:
@@ -370,13 +319,17 @@ def prepare(plan: Plan, progress: Any) -> None:
     """
     for stage in plan.remaining():
         recipe: Any = stage.recipe
-        wanted = [(recipe.data, isinstance(recipe, Embed) and recipe.views == 0)]
+        if isinstance(recipe, Evaluate):
+            questions_file(recipe.questions.mini, plan.storage, progress)
+            continue
+        wanted: list[tuple[Any, Content]] = [(recipe.data, content_of(recipe))]
         if isinstance(recipe, Distill) and recipe.zero_shot is not None:
-            wanted.append((recipe.zero_shot.data, True))  # pyright: ignore[reportAttributeAccessIssue]
-        for spec, labelled in wanted:
-            source = find_source(spec, plan.storage, labelled=labelled, progress=progress)
+            zero_shot: Any = recipe.zero_shot
+            wanted.append((zero_shot.data, "labels"))
+        for spec, needed in wanted:
+            source = find_source(spec, plan.storage, content=needed, progress=progress)
             manifest = source.manifest(progress)
-            if labelled and isinstance(recipe, Distill):
+            if needed == "labels" and isinstance(recipe, Distill):
                 benchmark: Any = recipe.zero_shot
                 check_labels(manifest, num_classes(benchmark), benchmark.name)
 

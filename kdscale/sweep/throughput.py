@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from kdscale.sweep.schedule import start_ray
 
 CONTEXT_LENGTH = 77
 _SKIPPED = 4  # batches that were ready before the first was asked for
+_MOST_PER_CORE = 10_000  # samples/s that no core reaches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,7 @@ def measure(
         manifest,
         batch_size,
         (image_px,),
-        total_steps=1_000_000,
+        total_steps=steps_within(seconds, batch_size),
         tokenizers={"clip_bpe": _tokenizer},
     )
     start_ray()
@@ -100,6 +102,12 @@ def measure(
         num_samples=batches * batch_size,
         cores=os.cpu_count() or 1,
     )
+
+
+def steps_within(seconds: float, batch_size: int) -> int:
+    """Returns more steps than can be taken in some seconds; planning a million takes minutes."""
+    most = seconds * (os.cpu_count() or 1) * _MOST_PER_CORE
+    return _SKIPPED + 2 + math.ceil(most / batch_size)
 
 
 def _tokenizer() -> Callable[[list[str]], np.ndarray]:

@@ -30,6 +30,7 @@ from kdscale.core.config import Distill
 from kdscale.core.journal import JournalReader, Line
 from kdscale.core.storage import Storage
 from kdscale.core.types import StorageError
+from kdscale.core.vlm_config import VlmStage
 from kdscale.sweep.plan import Plan, Stage
 
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -39,7 +40,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 logger = logging.getLogger(__name__)
 KEY_TAG = "kdscale.key"
 SWEEP_TAG = "kdscale.sweep"
-NOT_METRICS = {"step", "epoch", "ids", "attempt", "shards", "time"}
+NOT_METRICS = {"step", "epoch", "ids", "attempt", "shards", "questions", "time"}
 SMALL_MODEL_BYTES = 64 * 2**20
 MAX_METRICS_PER_CALL = 1000  # the server's limit
 
@@ -154,7 +155,7 @@ class Tracker:
             "scale": self._plan.scale.name,
             **{
                 field: _name(getattr(recipe, field))
-                for field in ("student", "teacher", "loss")
+                for field in ("student", "teacher", "loss", "vision", "llm", "template")
                 if hasattr(recipe, field)
             },
             "storage": stage.store(self._plan.storage).url(),
@@ -170,7 +171,8 @@ class _StageRun:
         self._client, self._run_id, self._stage = client, run_id, stage
         self._store = stage.store(storage)
         self._reader = JournalReader(self._store)
-        self._marker = "loss" if isinstance(stage.recipe, Distill) else "samples_per_s"
+        learns = isinstance(stage.recipe, Distill | VlmStage)
+        self._marker = "loss" if learns else "samples_per_s"
         self._unsent: list[Line] = []
         self._log_params()
         run = client.get_run(run_id)

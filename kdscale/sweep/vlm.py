@@ -1,0 +1,100 @@
+"""The stages of a VLM trial: student, projector, fine-tuning, questions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kdscale.core.config import STAGE_WEIGHTS, Distill, TowerSpec
+from kdscale.core.scale import Scale, language_model, lookup, resolve_vlm
+from kdscale.core.types import unknown_name
+from kdscale.core.vlm_config import (
+    FEATURES_STAGE,
+    Evaluate,
+    Features,
+    Finetune,
+    Pretrain,
+    QuestionsSpec,
+    Vlm,
+    VlmStage,
+)
+from kdscale.core.vlm_recipes import VLM_RECIPES
+from kdscale.stages.jobs import vlm_features
+from kdscale.sweep.check import check_vlm
+
+if TYPE_CHECKING:
+    from kdscale.sweep.plan import Planner
+
+
+def add_vlm(planner: Planner, recipe: Vlm, name: str, path: list[str]) -> None:
+    """Adds the stages of a VLM and, before them, those of its tower.
+
+    Raises:
+        UnknownName: If a role or the recipe's name is not known.
+        ConfigError: If a stage cannot run.
+    """
+    scale = planner.plan.scale
+    if recipe.recipe not in VLM_RECIPES:
+        raise unknown_name("VLM recipe", recipe.recipe, VLM_RECIPES)
+    shared: dict[str, Any] = {
+        "vision": tower_of(planner, recipe, path),
+        "llm": language_model(recipe.llm, scale),
+        "seed": recipe.seed,
+    }
+    settings = VLM_RECIPES[recipe.recipe]
+    limits = {k: v for k, v in planner.overrides.items() if k in ("max_steps", "run")}
+    first = Pretrain(**settings[0] | recipe.pretrain | shared)
+    first = resolve_vlm(first, scale, limits | _set(planner, "pretrain"))
+    check_vlm(first)
+    projector = f"{STAGE_WEIGHTS}pretrain/{planner.key_of('pretrain', first)}"
+    second = Finetune(**settings[1] | recipe.finetune | shared, projector=projector)
+    second = resolve_vlm(second, scale, limits | _set(planner, "finetune"))
+    check_vlm(second)
+    # Features come before both, so that the stages that train stay neighbours: they share workers.
+    first, second = (_cached(planner, stage, path) for stage in (first, second))
+    planner.add_stage("pretrain", name, first, path)
+    key = planner.add_stage("finetune", name, second, path)
+    questions: QuestionsSpec | None = lookup("questions", recipe.questions, scale.questions)
+    if questions is not None:
+        ask = Evaluate(model=f"{STAGE_WEIGHTS}finetune/{key}", questions=questions, run=second.run)
+        planner.add_stage("evaluate", name, ask, path)
+
+
+def _cached(planner: Planner, stage: VlmStage, path: list[str]) -> VlmStage:
+    """Adds the stage that computes a VLM stage's features, and names it in the recipe.
+
+    A finished stage needs none; they may have been removed since.
+    """
+    if not stage.feature_cache or planner.is_done(stage):
+        return stage
+    features = vlm_features(stage)
+    name = f"{features.vision.name} on {features.data.name}"
+    key = planner.add_stage(Features.kind, name, features, path)
+    return stage.replace(features=FEATURES_STAGE + key)
+
+
+def tower_of(planner: Planner, recipe: Vlm, path: list[str]) -> TowerSpec:
+    """Returns a VLM's tower; adds the stages that train it where there are some."""
+    vision = recipe.vision
+    if isinstance(vision, Distill):
+        return planner.distill(vision, f"student of {recipe.recipe}", path)
+    if isinstance(vision, TowerSpec):
+        return vision
+    known = towers(planner.plan.scale)
+    if vision not in known:
+        raise unknown_name("tower", vision, known)
+    found = known[vision]
+    if isinstance(found, Distill):
+        tower = planner.teacher(Distill(student="vit_t16", teacher=vision, loss="kl"), path)
+        assert tower is not None
+        return tower
+    return found.replace(weights="random") if planner.plan.scale.random_weights else found
+
+
+def towers(scale: Scale) -> dict[str, TowerSpec | Distill]:
+    """Returns every tower that a VLM may name: teachers and untrained students."""
+    return {**scale.students, **scale.teachers}
+
+
+def _set(planner: Planner, kind: str) -> dict[str, Any]:
+    """Returns the settings of one stage from outside (`--set finetune.lr=1e-4`)."""
+    return dict(planner.overrides.get(kind, {}))

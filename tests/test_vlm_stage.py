@@ -1,0 +1,245 @@
+"""The VLM stages through their own function, in process: train, resume, save, answer."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import jpeg
+from safetensors.torch import load_file
+from talks import manifest_of, parts_of, write_talks
+from vlm_parts import LANGUAGES, TOWERS, language, tower
+
+from kdscale.core.checkpoints import Checkpoints
+from kdscale.core.config import DataSpec, Execution, MiniWorld
+from kdscale.core.journal import read_steps
+from kdscale.core.storage import Storage
+from kdscale.core.types import CheckpointError, TrainingDiverged
+from kdscale.core.vlm_config import Evaluate, Finetune, Pretrain, QuestionsSpec
+from kdscale.core.vlm_recipes import VLM_RECIPES
+from kdscale.data.instruct_stream import InstructBatch, InstructStream
+from kdscale.data.shards import Manifest
+from kdscale.models.trainable import trainable_names
+from kdscale.stages.answer import EvaluateRun
+from kdscale.stages.jobs import EvaluateJob, VlmJob
+from kdscale.stages.loop import World
+from kdscale.stages.streams import instruct_config, vlm_inputs
+from kdscale.stages.vlm import build, draw
+from kdscale.stages.vlm_run import VlmRun, pack, unpack
+
+STEPS = 2
+SMALL = {
+    "global_batch_size": 4,
+    "micro_batch_size": 2,
+    "group_size": 4,
+    "precision": "fp32",
+    "max_length": 512,
+    "warmup_ratio": 0.0,
+    "run": Execution(num_workers=0, checkpoint_every=2, log_every=1),
+}
+
+
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory: pytest.TempPathFactory, write_tar: Any) -> Manifest:
+    return manifest_of(write_talks(tmp_path_factory.mktemp("talks"), write_tar))
+
+
+@pytest.fixture(scope="module")
+def captions(tmp_path_factory: pytest.TempPathFactory, write_tar: Any) -> Manifest:
+    folder = tmp_path_factory.mktemp("captions")
+    members = [part for n in range(0, 24, 3) for part in parts_of(f"{n:06d}", n)]
+    write_tar(folder / "0.tar", members)
+    return manifest_of(f"{folder}/*.tar")
+
+
+def jobs(
+    root: Path, recipe: str, names: tuple[str, str], data: tuple[Manifest, Manifest]
+) -> tuple[VlmJob, VlmJob]:
+    """Makes both stages of a small VLM; the second one's projector is the first one's."""
+    shared: dict[str, Any] = {
+        "vision": tower(names[0]),
+        "llm": language(names[1], root),
+        **SMALL,
+        "data": DataSpec(name="t", urls="elsewhere"),
+    }
+    keys = ("a" * 16, "b" * 16)
+    first = Pretrain(**VLM_RECIPES[recipe][0] | shared)
+    second = Finetune(**VLM_RECIPES[recipe][1] | shared, projector=f"stage:pretrain/{keys[0]}")
+    made = [
+        VlmJob(stage.kind, key, str(root / "store"), stage, STEPS, manifest, vlm_inputs(stage), {})
+        for stage, key, manifest in zip((first, second), keys, data, strict=True)
+    ]
+    return made[0], made[1]
+
+
+def changed(job: VlmJob, **fields: Any) -> VlmJob:
+    """Returns a job with other recipe fields."""
+    return replace(job, recipe=job.recipe.replace(**fields))
+
+
+def attempt(job: VlmJob, stop: int | None = None) -> list[float]:
+    """Runs a stage to its end, or until a step that dies; returns the losses so far."""
+
+    def batches(start: int) -> Iterator[InstructBatch]:
+        config = replace(instruct_config(job), start_step=start, own_steps=job.total_steps)
+        for batch in InstructStream(None, config, 0):
+            if batch.step == stop:
+                raise KeyboardInterrupt
+            yield batch
+
+    run = VlmRun(job, World(), lambda _: None)
+    if stop is None:
+        run.train(batches)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            run.train(batches)
+        run.checkpoints.wait()
+    return [line["total"] for line in read_steps(job.stage)]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "names"),
+    [
+        (recipe, names)
+        for recipe in ("tinyllava", "bunny")
+        for names in itertools.product(TOWERS, LANGUAGES)
+    ],
+)
+def test_every_combination_trains_saves_and_answers(
+    recipe: str, names: tuple[str, str], tmp_path: Path, talks: Manifest, captions: Manifest
+) -> None:
+    pretrain, finetune = jobs(tmp_path, recipe, names, (captions, talks))
+    for job in (pretrain, finetune):
+        assert len(attempt(job)) == STEPS
+        assert job.stage.is_done()
+    table = pa.table(
+        {
+            "item_id": ["1", "2"],
+            "family": ["existence"] * 2,
+            "prompt": ["is it?", "what colour?"],
+            "gold": ["yes", "red"],
+            "chance": [0.5, 0.1],
+            "group": ["1", "1"],
+            "image": [jpeg(1), jpeg(2)],
+        }
+    )
+    pq.write_table(table, tmp_path / "questions.parquet")
+    world = MiniWorld(split="eval", content="instruct", num_samples=7)
+    ask = Evaluate(
+        model=f"stage:finetune/{finetune.key}",
+        questions=QuestionsSpec(name="t", mini=world, max_new_tokens=3),
+    )
+    questions = str(tmp_path / "questions.parquet")
+    job = EvaluateJob("c" * 16, finetune.storage_root, ask, questions, {})
+    EvaluateRun(job, World(), lambda _: None).train()
+    data = job.stage.storage.read(*job.stage.parts, "output", "answers.parquet")
+    rows = pq.read_table(io.BytesIO(data)).to_pylist()
+    assert [row["item_id"] for row in rows] == ["1", "2"]
+    assert all(isinstance(row["blind_prediction"], str) for row in rows)
+
+
+@pytest.mark.parametrize("recipe", ["tinyllava", "bunny", "tinyllava_modern"])
+def test_a_resumed_stage_is_the_uninterrupted_one(
+    recipe: str, tmp_path: Path, talks: Manifest, captions: Manifest
+) -> None:
+    """Dropout, schedule and optimizer included; only what was repeated is logged twice."""
+    names, losses, weights = ("vit_t16", "qwen2_0_5b"), {}, {}
+    for where, stop in (("whole", None), ("killed", 5)):
+        folder = tmp_path / where
+        folder.mkdir()
+        pretrain, finetune = jobs(folder, recipe, names, (captions, talks))
+        attempt(pretrain)
+        finetune = replace(finetune, total_steps=7)
+        if stop is not None:
+            assert len(attempt(finetune, stop)) == stop
+            assert Checkpoints(finetune.stage, keep=1).latest_step() == 4
+            assert not finetune.stage.is_done()
+        losses[where] = attempt(finetune)
+        with finetune.stage.storage.local_directory(*finetune.stage.parts, "output") as out:
+            weights[where] = load_file(f"{out}/model/model.safetensors")
+    assert losses["whole"] == losses["killed"]
+    assert weights["whole"].keys() == weights["killed"].keys()
+    for name, value in weights["whole"].items():
+        assert torch.equal(value, weights["killed"][name]), name
+
+
+def test_loss_norms_differ_where_they_should(
+    tmp_path: Path, talks: Manifest, captions: Manifest
+) -> None:
+    """One micro-batch: the same. Several of uneven length: means of means are not the mean."""
+    _, job = jobs(tmp_path, "tinyllava", ("vit_t16", "qwen2_0_5b"), (captions, talks))
+    job = changed(job, projector=None, length_grouping=False)
+    first: dict[tuple[str, int], float] = {}
+    for number, (norm, micro) in enumerate(itertools.product(("micro_batch", "update"), (2, 4))):
+        one = replace(
+            changed(job, loss_norm=norm, micro_batch_size=micro),
+            key=f"{number:016x}",
+            total_steps=1,
+        )
+        first[norm, micro] = attempt(one)[0]
+    assert first["micro_batch", 4] == pytest.approx(first["update", 4], rel=1e-6)
+    assert first["update", 2] == pytest.approx(first["update", 4], rel=1e-6)
+    assert first["micro_batch", 2] != pytest.approx(first["update", 2], rel=1e-7)
+
+
+def test_only_what_learns_is_saved(tmp_path: Path, talks: Manifest, captions: Manifest) -> None:
+    pretrain, _ = jobs(tmp_path, "tinyllava", ("vit_t16", "qwen2_0_5b"), (captions, talks))
+    pretrain = replace(changed(pretrain, epochs=2), total_steps=3)
+    attempt(pretrain, stop=2)
+    folder = tmp_path / "unpacked"
+    unpack(Checkpoints(pretrain.stage, keep=1).load(2), folder)
+    saved = set(load_file(folder / "learnt.safetensors"))
+    assert saved == trainable_names(build(pretrain, torch.device("cpu")).model)
+    assert unpacked_again(folder) == {path.name for path in folder.iterdir()}
+
+
+def unpacked_again(folder: Path) -> set[str]:
+    """Packs a folder and unpacks it beside."""
+    other = folder.with_name("again")
+    unpack(pack(folder), other)
+    return {path.name for path in other.iterdir()}
+
+
+def test_a_diverging_loss_is_named(tmp_path: Path, talks: Manifest, captions: Manifest) -> None:
+    pretrain, _ = jobs(tmp_path, "bunny", ("vit_t16", "smollm_360m"), (captions, talks))
+    wild = replace(changed(pretrain, lr=1e30), total_steps=4)
+    with pytest.raises(TrainingDiverged, match="lower lr or clip gradients"):
+        attempt(wild)
+
+
+def test_a_checkpoint_of_other_workers_is_refused_under_deepspeed(
+    tmp_path: Path, talks: Manifest, captions: Manifest
+) -> None:
+    pretrain, _ = jobs(tmp_path, "bunny", ("vit_t16", "smollm_360m"), (captions, talks))
+    longer = replace(changed(pretrain, epochs=2), total_steps=3)
+    attempt(longer, stop=2)
+    sharded = changed(longer, run=Execution(num_workers=1, deepspeed=True))
+    with pytest.raises(CheckpointError, match=r"written by 1 worker.*without DeepSpeed"):
+        attempt(sharded)
+
+
+def test_noise_is_a_function_of_seed_step_and_place() -> None:
+    drawn = [draw(*at) for at in itertools.product(range(3), range(3), range(3))]
+    assert len(set(drawn)) == 27
+    assert drawn[0] == draw(0, 0, 0)
+
+
+def test_storage_of_a_stage_holds_what_the_next_one_reads(
+    tmp_path: Path, talks: Manifest, captions: Manifest
+) -> None:
+    pretrain, finetune = jobs(tmp_path, "bunny", ("clip_b16", "qwen2_0_5b"), (captions, talks))
+    attempt(pretrain)
+    storage = Storage(pretrain.storage_root)
+    with storage.local_directory("stages", "pretrain", pretrain.key, "output") as directory:
+        learnt = load_file(f"{directory}/projector.safetensors")
+    model = build(finetune, torch.device("cpu")).model
+    for name, value in model.model.multi_modal_projector.state_dict().items():
+        assert torch.equal(value, learnt[name])
