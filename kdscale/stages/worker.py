@@ -235,9 +235,11 @@ def _work(config: dict[str, Any]) -> None:
     if not jobs or any(job.stage.failure() for job in jobs):
         return
     rank, size, device, report = _place(config["in_group"])
+    first: _Started | None = None
     with noting(jobs[0].stage):
-        # The first stream starts its processes while this one imports the model libraries.
-        first = _Started(jobs[0], rank)
+        if isinstance(jobs[0], DistillJob):
+            # Its stream starts its processes while this one imports the model libraries.
+            first = _Started(jobs[0], rank)
         from kdscale.stages.loop import World
 
     world = World(rank=rank, size=size, device=device)
@@ -245,23 +247,28 @@ def _work(config: dict[str, Any]) -> None:
         if job.recipe.run is not None and job.recipe.run.threads_per_worker is not None:
             torch.set_num_threads(job.recipe.run.threads_per_worker)
         with noting(job.stage):
-            stream = first if first.job is job else _Started(job, rank)
-            _attempt(job, world, report).train(stream.batches)
+            attempt = _attempt_of(job)
+            stream = first if first is not None and first.job is job else _Started(job, rank)
+            attempt(job, world, report).train(stream.batches)
 
 
-def _attempt(job: TrainJob, world: Any, report: Callable[[dict[str, float]], None]) -> Any:
-    """Returns an attempt at a stage, importing what its kind needs."""
+def _attempt_of(job: TrainJob) -> Any:
+    """Returns the class that attempts a kind of stage, importing what it needs.
+
+    A VLM's stream unpickles a tokenizer in a thread of its own, and two threads must not import
+    transformers at once: its classes are found while they are being defined, and then are not.
+    """
     if isinstance(job, DistillJob):
         from kdscale.stages.run import Run
 
-        return Run(job, world, report)
+        return Run
     if isinstance(job, VlmJob):
         from kdscale.stages.vlm_run import VlmRun
 
-        return VlmRun(job, world, report)
+        return VlmRun
     from kdscale.stages.answer import EvaluateRun
 
-    return EvaluateRun(job, world, report)
+    return EvaluateRun
 
 
 @contextmanager
