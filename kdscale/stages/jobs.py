@@ -17,8 +17,21 @@ from kdscale.data.sidecars import CacheRef
 CKA_IMAGES = 2048
 
 
+class Job:
+    """What all jobs have: a stage to write."""
+
+    kind: str
+    key: str
+    storage_root: str
+
+    @property
+    def stage(self) -> StageStore:
+        """The stage's directory."""
+        return StageStore(Storage(self.storage_root), self.kind, self.key)
+
+
 @dataclass(frozen=True)
-class DistillJob:
+class DistillJob(Job):
     """Everything a worker needs to run the stage; picklable.
 
     Attributes:
@@ -42,11 +55,6 @@ class DistillJob:
     zero_shot_data: Manifest | None
     record: dict[str, Any]
     lease: str | None = None
-
-    @property
-    def stage(self) -> StageStore:
-        """The stage's directory."""
-        return StageStore(Storage(self.storage_root), self.kind, self.key)
 
     @property
     def cache(self) -> CacheRef | None:
@@ -85,7 +93,7 @@ class VlmInputs:
 
 
 @dataclass(frozen=True)
-class VlmJob:
+class VlmJob(Job):
     """Everything a worker needs to run a VLM stage; picklable. Attributes as of `DistillJob`."""
 
     kind: str
@@ -97,11 +105,6 @@ class VlmJob:
     inputs: VlmInputs
     record: dict[str, Any]
     lease: str | None = None
-
-    @property
-    def stage(self) -> StageStore:
-        """The stage's directory."""
-        return StageStore(Storage(self.storage_root), self.kind, self.key)
 
     @property
     def features(self) -> FeatureRef | None:
@@ -118,7 +121,7 @@ class VlmJob:
 
 
 @dataclass(frozen=True)
-class EvaluateJob:
+class EvaluateJob(Job):
     """Everything a worker needs to ask a VLM questions; picklable.
 
     Attributes:
@@ -133,14 +136,9 @@ class EvaluateJob:
     lease: str | None = None
     kind: str = Evaluate.kind
 
-    @property
-    def stage(self) -> StageStore:
-        """The stage's directory."""
-        return StageStore(Storage(self.storage_root), self.kind, self.key)
-
 
 @dataclass(frozen=True)
-class EmbedJob:
+class EmbedJob(Job):
     """Everything an actor needs to embed shards; picklable.
 
     Attributes:
@@ -161,18 +159,13 @@ class EmbedJob:
     kind: str = Embed.kind
 
     @property
-    def stage(self) -> StageStore:
-        """The stage's directory."""
-        return StageStore(Storage(self.storage_root), self.kind, self.key)
-
-    @property
     def cache(self) -> CacheRef:
         """The cache that this stage writes."""
         return cache_ref(self.recipe, self.stage)
 
 
 @dataclass(frozen=True)
-class FeaturesJob:
+class FeaturesJob(Job):
     """Everything an actor needs to compute a tower's features; attributes as of `EmbedJob`."""
 
     key: str
@@ -182,11 +175,6 @@ class FeaturesJob:
     record: dict[str, Any]
     lease: str | None = None
     kind: str = Features.kind
-
-    @property
-    def stage(self) -> StageStore:
-        """The stage's directory."""
-        return StageStore(Storage(self.storage_root), self.kind, self.key)
 
 
 ShardJob = EmbedJob | FeaturesJob
