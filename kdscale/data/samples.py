@@ -10,7 +10,7 @@ import io
 import math
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -26,6 +26,8 @@ from kdscale.data.order import permutation
 
 if TYPE_CHECKING:
     import torch
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 MAX_PIXELS = 64_000_000
 AREA_FROM = 3.0
@@ -191,8 +193,8 @@ def _uniforms(text: str) -> Iterator[tuple[float, float, float, float]]:
         block += 1
 
 
-def resize(image: np.ndarray[Any, Any], px: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Resizes (H, W, 3) uint8 to a square of side px.
+def resize(image: np.ndarray[Any, Any], px: int, out: Pixels | None = None) -> Pixels:
+    """Resizes (H, W, 3) uint8 to a square of side px, into `out` where that is given.
 
     Stands in for antialiased bicubic at a quarter of its time: each axis that shrinks is blurred
     as much as it shrinks, then plain cubic takes over; far below, the mean of the covered area
@@ -200,25 +202,38 @@ def resize(image: np.ndarray[Any, Any], px: int) -> np.ndarray[Any, np.dtype[np.
     """
     ratios = image.shape[1] / px, image.shape[0] / px
     if max(ratios) > AREA_FROM:
-        return cv2.resize(image, (px, px), interpolation=cv2.INTER_AREA)  # pyright: ignore[reportReturnType]
+        return cv2.resize(image, (px, px), out, interpolation=cv2.INTER_AREA)  # pyright: ignore
     if max(ratios) > BLUR_FROM:
         taps = [1 if ratio <= 1 else 3 if ratio < 2 else 5 for ratio in ratios]
         sigmas = [_BLUR * math.sqrt(max(ratio**2 - 1, 1e-6)) for ratio in ratios]
         image = cv2.GaussianBlur(image, taps, sigmaX=sigmas[0], sigmaY=sigmas[1])
-    return cv2.resize(image, (px, px), interpolation=cv2.INTER_CUBIC)  # pyright: ignore[reportReturnType]
+    return cv2.resize(image, (px, px), out, interpolation=cv2.INTER_CUBIC)  # pyright: ignore
 
 
 def render(
-    data: bytes, key: str, view: int, crop: Crop, sizes: tuple[int, ...]
-) -> dict[int, np.ndarray[Any, np.dtype[np.uint8]]]:
+    data: bytes,
+    key: str,
+    view: int,
+    crop: Crop,
+    sizes: tuple[int, ...],
+    out: Mapping[int, Pixels] | None = None,
+) -> dict[int, Pixels]:
     """Decodes an image and renders one crop of it at every size: {px: (px, px, 3) uint8}.
+
+    Args:
+        data: The encoded image.
+        key: The sample's key, which with `view` and `crop` draws the box.
+        view: Which of the sample's crops.
+        crop: How boxes are drawn.
+        sizes: Sides in pixels.
+        out: Where to write each size, new memory where None.
 
     Raises:
         BadImage: As `decode`.
     """
     picture = Picture(data)
     box = crop_box(key, view, crop, picture.height, picture.width)
-    return {px: picture.cut(box, px) for px in sizes}
+    return {px: picture.cut(box, px, out[px] if out else None) for px in sizes}
 
 
 class Picture:
@@ -245,7 +260,7 @@ class Picture:
         self._decoded[1] = _decode_other(self._data)
         return self._decoded[1].shape[:2]
 
-    def cut(self, box: tuple[int, int, int, int], px: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    def cut(self, box: tuple[int, int, int, int], px: int, out: Pixels | None = None) -> Pixels:
         """Returns a crop as (px, px, 3) uint8.
 
         A JPEG whose crop is at least twice as large as the picture wanted is decoded at a half or
@@ -255,6 +270,7 @@ class Picture:
         Args:
             box: Top, left, height and width in pixels of the whole image.
             px: Side of the picture wanted.
+            out: Where it is to be written, new memory where None.
 
         Raises:
             BadImage: As `decode`.
@@ -268,7 +284,7 @@ class Picture:
         # Rounded to its pixels: the crop moves by at most half a pixel of the picture wanted.
         first, last = round(top / by), round((top + height) / by)
         start, stop = round(left / by), round((left + width) / by)
-        return resize(image[first:last, start:stop], px)
+        return resize(image[first:last, start:stop], px, out)
 
 
 def view_of(epoch: int, views: int | None, seed: int = 0) -> int:
