@@ -106,6 +106,10 @@ class CheckpointError(StorageError):
     """A checkpoint that cannot be resumed from."""
 
 
+class OrderBroken(KdscaleError):
+    """A stream gave other rows than a step wants; a late checkpoint can do that, so try again."""
+
+
 class TrainingDiverged(KdscaleError):
     """The loss stopped being a finite number."""
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from kdscale.core.types import ConfigError, DataError
+from kdscale.core.types import ConfigError, DataError, OrderBroken
 from kdscale.data.blocks import Reading, read_segment
 from kdscale.data.features import FeatureRef
 from kdscale.data.instruct_blocks import (
@@ -298,7 +298,7 @@ class InstructStream:
         first = step * config.global_batch_size + number * size
         rows = table.column("row").to_numpy()
         if not np.array_equal(rows, np.arange(first, first + size)):
-            raise DataError(
+            raise OrderBroken(
                 f"order contract broken: micro-batch {place} of worker {self._rank} in step "
                 f"{step} should be rows {first} to {first + size - 1} and is {len(rows)} rows "
                 f"from {rows[:1]}"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from kdscale.core.types import ConfigError, DataError, KdscaleError
+from kdscale.core.types import ConfigError, DataError, KdscaleError, OrderBroken
 from kdscale.data.blocks import EMBEDDINGS, Plan, Reading, Tokenizer, deal, finish, read_segment
 from kdscale.data.order import WINDOW_SAMPLES, Order, Segment
 from kdscale.data.samples import Batch, Crop
@@ -298,7 +298,8 @@ class TrainStream:
         """Yields the batches of all remaining steps.
 
         Raises:
-            DataError: The stream ended early, or its rows are not those of the step.
+            DataError: The stream ended early.
+            OrderBroken: Its rows are not those of the step.
             ShardChanged: A shard no longer fits the manifest.
         """
         config = self._config
@@ -340,7 +341,7 @@ class TrainStream:
         size, rows = self._config.batch_size, columns["row"]
         first = step * self._config.global_batch_size + self._rank * size
         if not np.array_equal(rows, np.arange(first, first + size)):
-            raise DataError(
+            raise OrderBroken(
                 f"order contract broken: step {step} of worker {self._rank} should be rows "
                 f"{first} to {first + size - 1} and is {len(rows)} rows from {rows[:1]}"
             )
