@@ -1,0 +1,1 @@
+"""Scoring rules of the benchmarks, one file per family; `kdscale.eval.score` puts them together."""
