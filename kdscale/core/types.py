@@ -82,6 +82,14 @@ class BadManifest(DataError):
     """A file that is no manifest, was edited, or does not vouch for what is asked of it."""
 
 
+class BadBenchmark(DataError):
+    """Files of a benchmark that cannot be asked: a malformed row, a missing column or part."""
+
+
+class MissingBenchmark(DataError):
+    """A benchmark that is neither in the folder nor to be had from the hub."""
+
+
 class FolderTaken(DataError):
     """An output folder that holds something else than what is to be written."""
 

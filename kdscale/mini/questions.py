@@ -231,7 +231,18 @@ def eval_item(world: MiniWorld, index: int) -> tuple[Scene, Question]:
     family, turn = FAMILIES[index % len(FAMILIES)], index // len(FAMILIES)
     wanted = ANSWERS[family][turn % len(ANSWERS[family])]
     draws = Draws(world.seed, world.split, group_of(index), "question")
-    pairs = pairs_of(world)
+    return ask_for(family, wanted, draws, pairs_of(world))
+
+
+def ask_for(family: str, wanted: str, draws: Draws, pairs: Pairs) -> tuple[Scene, Question]:
+    """Draws a scene and a question about it until the answer is the wanted one.
+
+    Args:
+        family: A key of `ANSWERS`.
+        wanted: One of the family's answers.
+        draws: Where scenes and questions come from.
+        pairs: Compositions that they may name.
+    """
     scene = draw_kind(draws, EVAL_KINDS[family], pairs)
     question = ask(family, scene, draws, pairs)
     while question.gold != wanted:

@@ -1,0 +1,257 @@
+"""A benchmark's questions, from a folder or the Hugging Face hub, checked before any is asked."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kdscale.core.types import BadBenchmark, ConfigError, MissingBenchmark, unknown_name
+from kdscale.eval.benchmarks import Benchmark, find_benchmark
+from kdscale.eval.prompts import Mode
+from kdscale.eval.questions import Question
+from kdscale.eval.rows import Asked, BadRow, Row
+
+ROWS_AT_ONCE = 32
+MAX_PROBLEMS_SHOWN = 10
+_PART = re.compile(r"-\d{5}-of-(\d{5})")
+
+
+def questions(
+    benchmark: str,
+    directory: str | Path | None = None,
+    limit: int | None = None,
+    mode: Mode = "paper",
+) -> list[Question]:
+    """Reads what a benchmark asks.
+
+    Args:
+        benchmark: A key of `kdscale.eval.benchmarks.BENCHMARKS`.
+        directory: Holds the data set's own files: in a folder named after the benchmark, or itself;
+            there in the hub repository's layout, or all Parquet files in one folder. None for the
+            hub, or its cache where `HF_HUB_OFFLINE` is set.
+        limit: About how many questions, in the file's order; what is scored together (a pair, a
+            question's rotations) stays together. None for all.
+        mode: `paper` asks as the reference scripts do, oddities included; `corrected` prints all
+            of MMMU's options and sets MMVP's swapped golds right.
+
+    Returns:
+        The questions in the order of the file. `item_id` is the row's number there, from 0.
+
+    Raises:
+        UnknownName: No such benchmark or mode.
+        ConfigError: The limit is below 1.
+        MissingBenchmark: The files are not there, or the hub cannot be reached.
+        BadBenchmark: Files or rows are malformed; all of them are named.
+    """
+    spec = find_benchmark(benchmark)
+    if mode not in get_args(Mode):
+        raise unknown_name("mode", mode, get_args(Mode))
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit is {limit}; ask at least one question, or None for all")
+    root = _download(spec) if directory is None else _folder(spec, Path(directory).expanduser())
+    is_grouped = spec.group_size is not None or spec.has_rotations
+    found, problems = _read(spec, root, mode, None if is_grouped else limit)
+    if problems := problems or _incomplete_groups(spec, found):
+        raise BadBenchmark(_report(spec, problems))
+    if not found:
+        raise BadBenchmark(f"{spec.name}: no question in {root}")
+    return _first(found, limit) if is_grouped and limit is not None else found
+
+
+def _read(
+    spec: Benchmark, root: Path, mode: Mode, limit: int | None
+) -> tuple[list[Question], list[str]]:
+    """Takes the rows apart, collecting what is wrong with them."""
+    found: list[Question] = []
+    problems: list[str] = []
+    for number, row in enumerate(_rows(spec, root)):
+        try:
+            asked = spec.read(row, mode)
+        except BadRow as error:
+            problems.append(f"item {number}: {error}")
+        else:
+            if asked is not None:
+                found.append(_question(spec, str(number), asked))
+        if limit is not None and len(found) + len(problems) >= limit:
+            break
+    return found, problems
+
+
+def _question(spec: Benchmark, item_id: str, asked: Asked) -> Question:
+    """Adds what the benchmark says of all its questions."""
+    suffix = spec.open_suffix if asked.is_open else spec.suffix
+    return Question(
+        benchmark=spec.name,
+        item_id=item_id,
+        prompt=asked.body if suffix is None else f"{asked.body}\n{suffix}",
+        image=asked.image,
+        image_sha256="" if asked.image is None else hashlib.sha256(asked.image).hexdigest(),
+        gold=asked.gold,
+        options=asked.options,
+        question_type=asked.question_type,
+        category=asked.category,
+        group=asked.group,
+        max_new_tokens=spec.max_new_tokens,
+    )
+
+
+def _incomplete_groups(spec: Benchmark, found: list[Question]) -> list[str]:
+    """Names the first item of each group that has not as many rows as all should."""
+    size = spec.group_size
+    sizes = Counter(question.group for question in found)
+    firsts = {question.group: question.item_id for question in reversed(found)}
+    return [
+        f"item {firsts[group]}: its group {group!r} has {number} rows instead of {size}"
+        for group, number in sizes.items()
+        if size is not None and number != size
+    ]
+
+
+def _first(found: list[Question], limit: int) -> list[Question]:
+    """Keeps whole groups, in the order of their first rows, until there are enough questions."""
+    sizes = Counter(question.group for question in found)
+    kept: set[str] = set()
+    total = 0
+    for group, size in sizes.items():
+        if total >= limit:
+            break
+        kept.add(group)
+        total += size
+    return [question for question in found if question.group in kept]
+
+
+def _report(spec: Benchmark, problems: list[str]) -> str:
+    """Lists the problems, most of them at least."""
+    shown = "; ".join(problems[:MAX_PROBLEMS_SHOWN])
+    more = len(problems) - MAX_PROBLEMS_SHOWN
+    rest = f"; and {more} more" if more > 0 else ""
+    return f"{spec.name}: {len(problems)} rows cannot be asked: {shown}{rest}"
+
+
+def _download(spec: Benchmark) -> Path:
+    """Fetches the benchmark's files, or finds them in the hub's cache."""
+    from huggingface_hub import constants, snapshot_download
+
+    patterns = [spec.files] if spec.images is None else [spec.files, spec.images]
+    try:
+        root = snapshot_download(
+            spec.hub_id, repo_type="dataset", revision=spec.revision, allow_patterns=patterns
+        )
+    except Exception as error:  # whatever the hub's client and its transport raise
+        place = f"data set {spec.hub_id} at {spec.revision}"
+        cause = (
+            "is not in the hub's cache, and HF_HUB_OFFLINE is set"
+            if constants.HF_HUB_OFFLINE
+            else f"cannot be fetched from the hub ({type(error).__name__}: {_first_line(error)})"
+        )
+        raise MissingBenchmark(
+            f"{spec.name}: {place} {cause}; give a directory that holds {' and '.join(patterns)}"
+        ) from error
+    return Path(root)
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of an error's message."""
+    return next(iter(str(error).strip().splitlines()), "no message")
+
+
+def _folder(spec: Benchmark, directory: Path) -> Path:
+    """Finds a benchmark's folder in a folder of benchmarks."""
+    if not directory.is_dir():
+        raise MissingBenchmark(f"{spec.name}: there is no directory {directory}")
+    own = directory / spec.name
+    return own if own.is_dir() else directory
+
+
+def _files(spec: Benchmark, root: Path, pattern: str) -> list[Path]:
+    """Finds the files of a pattern, all parts of them, in order of their names."""
+    flat = [] if spec.images else ["*.parquet"]
+    for candidate in [pattern, *flat]:
+        files = sorted(root.glob(candidate))
+        if files:
+            break
+    else:
+        raise MissingBenchmark(f"{spec.name}: {root} holds no {' and no '.join([pattern, *flat])}")
+    totals = {int(part[1]) for file in files if (part := _PART.search(file.name))}
+    if totals and totals != {len(files)}:
+        raise MissingBenchmark(
+            f"{spec.name}: {root} holds {len(files)} of the {max(totals)} files {pattern}"
+        )
+    return files
+
+
+def _rows(spec: Benchmark, root: Path) -> Iterator[Row]:
+    """Yields the rows with their images."""
+    if spec.files.endswith(".csv"):
+        yield from _csv_rows(spec, root)
+        return
+    images = None if spec.images is None else _named_images(spec, root, spec.images)
+    for file in _files(spec, root, spec.files):
+        for row in _parquet_rows(spec, file, spec.columns, spec.labels):
+            if images is not None:
+                row["image"] = images.get(row["imageId"])
+            yield row
+
+
+def _named_images(spec: Benchmark, root: Path, pattern: str) -> dict[Any, Any]:
+    """Reads a table of images by their ids."""
+    return {
+        row["id"]: row["image"]
+        for file in _files(spec, root, pattern)
+        for row in _parquet_rows(spec, file, ("id", "image"))
+    }
+
+
+def _parquet_rows(
+    spec: Benchmark, file: Path, columns: tuple[str, ...], labels: tuple[str, ...] = ()
+) -> Iterator[dict[str, Any]]:
+    """Reads a Parquet file a few rows at a time."""
+    try:
+        with pq.ParquetFile(file) as table:
+            present = table.schema_arrow.names
+            _check_columns(spec, file, columns, present)
+            wanted = [*columns, *(name for name in labels if name in present)]
+            for batch in table.iter_batches(ROWS_AT_ONCE, columns=wanted):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise BadBenchmark(f"{spec.name}: {file} cannot be read: {error}") from error
+
+
+def _csv_rows(spec: Benchmark, root: Path) -> Iterator[Row]:
+    """Reads MMVP's questions; line i asks about image i."""
+    file, images = _files(spec, root, spec.files)[0], spec.images or ""
+    folder = root / Path(images).parent
+    try:
+        lines = list(csv.reader(io.StringIO(file.read_text(encoding="utf-8-sig"), newline="")))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise BadBenchmark(f"{spec.name}: {file} cannot be read: {error}") from error
+    # The original spells its first column "lndex".
+    header = [name.strip().lower().replace("lndex", "index") for name in (lines or [[]])[0]]
+    _check_columns(spec, file, spec.columns, header)
+    for line in filter(None, lines[1:]):
+        row: dict[str, Any] = dict.fromkeys(header) | dict(zip(header, line, strict=False))
+        image = folder / f"{row['index']}.jpg"
+        row["answer"] = row["correct answer"]
+        row["image"] = image.read_bytes() if image.is_file() else None
+        yield row
+
+
+def _check_columns(
+    spec: Benchmark, file: Path, columns: tuple[str, ...], present: list[str]
+) -> None:
+    """Raises where a file lacks a column."""
+    absent = [name for name in columns if name not in present]
+    if absent:
+        raise BadBenchmark(
+            f"{spec.name}: {file} lacks the columns {', '.join(absent)}; "
+            f"it has {', '.join(present)}"
+        )
