@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,11 @@ def questions(count: int) -> tuple[Question, ...]:
             )
         )
     return tuple(found)
+
+
+def long_questions(count: int) -> tuple[Question, ...]:
+    """Asks the same for long answers, which leave time to kill somebody."""
+    return tuple(replace(question, max_new_tokens=40) for question in questions(count))
 
 
 def job(root: Path | str, model: str, asked: tuple[Question, ...], **fields: Any) -> AnswersJob:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from contextlib import suppress
@@ -22,7 +23,7 @@ from kdscale.stages.ask import ask
 from kdscale.stages.jobs import AnswersJob
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
-COUNT, BLOCK = 96, 4
+COUNT, BLOCK = 48, 4
 # A driver of its own, to be killed: it answers in its own process, slowly.
 DRIVER = """
 import sys, time
@@ -31,7 +32,7 @@ import asking
 from kdscale.eval import answers as kept
 from kdscale.stages.ask import ask
 kept.BLOCK = int(sys.argv[4])
-asked = asking.questions(int(sys.argv[5]))
+asked = asking.long_questions(int(sys.argv[5]))
 ask(asking.job(sys.argv[1], sys.argv[2], asked), asked, lambda *_: time.sleep(0.2))
 """
 
@@ -47,7 +48,7 @@ def actors() -> list[int]:
     found: list[int] = []
     for pid in descendants(os.getpid()):
         with suppress(OSError):
-            if b"_MapWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if b"MapWorker(" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 found.append(pid)
     return found
 
@@ -56,7 +57,7 @@ def test_actors_and_kills_change_nothing(
     ray_cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kept, "BLOCK", BLOCK)
-    model, asked = asking.save(tmp_path / "vlm"), asking.questions(COUNT)
+    model, asked = asking.save(tmp_path / "vlm"), asking.long_questions(COUNT)
     alone = asking.job(tmp_path / "alone", model, asked)
     ask(alone, asked)
     expected = kept.load_rows(alone.stage)
@@ -74,16 +75,21 @@ def test_actors_and_kills_change_nothing(
 
     killed: list[int] = []
 
-    def kill_one(done: int, total: int) -> None:
+    def kill_one() -> None:
         """Kills an actor as soon as one has answered a block."""
-        if len(before) * BLOCK < done < total and not killed and (living := actors()):
-            killed.append(living[0])
-            os.kill(living[0], signal.SIGKILL)
+        while len(written(pooled)) < COUNT // BLOCK and not killed:
+            if len(written(pooled)) > len(before) and (living := actors()):
+                killed.append(living[0])
+                os.kill(living[0], signal.SIGKILL)
+            time.sleep(0.01)
 
     run = Execution(num_workers=3, cpus_per_worker=0.5)
     again = asking.job(tmp_path / "pooled", model, asked, run=run)
     assert again.key == pooled.key == alone.key
-    ask(again, asked, kill_one)
+    killer = threading.Thread(target=kill_one, daemon=True)
+    killer.start()
+    ask(again, asked)
+    killer.join()
     assert killed
     assert kept.load_rows(again.stage) == expected
     assert Counter(row["item_id"] for row in expected) == {str(n): 1 for n in range(COUNT)}

@@ -135,7 +135,7 @@ def test_a_table_with_what_it_takes_to_read_it(
     (key, *_) = storage.names("stages", "answers")
     record = StageStore(storage, "answers", key).record()
     assert record["recipe"]["benchmark"] in ("mme_p", "gqa")
-    assert "model" not in record["recipe"]
+    assert (record["model"], "model" in record["recipe"]) == (model, False)  # a path is no key
 
 
 def test_the_average_of_all_and_a_model_by_its_key(

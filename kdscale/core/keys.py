@@ -110,7 +110,7 @@ def local_files(recipe: Spec) -> dict[str, Any]:
 
 
 def folder_contents(folder: Path) -> dict[str, str]:
-    """Hashes the files of a directory: {name: SHA-256}."""
+    """Hashes the files of a directory, not those below: {name: SHA-256}."""
     files = [(file, file.stat()) for file in folder.iterdir() if file.is_file()]
     return {f.name: _file_digest(str(f), s.st_size, s.st_mtime_ns) for f, s in files}
 

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from transformers.utils import logging
+
 from kdscale.core.answers_config import Answers
 from kdscale.core.config import STAGE_WEIGHTS
 from kdscale.core.storage import Storage, check_lease

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kdscale.core.answers_config import Answers, answers_key
 from kdscale.core.config import STAGE_WEIGHTS, Execution, Mode, Precision
@@ -130,11 +131,12 @@ def _checked(directory: Path) -> Path:
 
 def _downloaded(name: str) -> Path:
     """Returns the local copy of a model on the hub."""
-    from huggingface_hub import snapshot_download
+    import huggingface_hub
 
+    download: Any = huggingface_hub.snapshot_download
     hub_id, _, revision = name.partition("@")
     try:
-        return Path(snapshot_download(hub_id, revision=revision or None))
+        return Path(download(hub_id, revision=revision or None))
     except Exception as error:  # the hub's client has a dozen kinds
         reason = str(error).strip().partition("\n")[0]
         raise WeightsError(f"{name!r} is no directory here, nor to be had: {reason}") from error
@@ -209,7 +211,7 @@ def _ask(one: Asked, storage: Storage, progress: Progress) -> None:
             continue
         with lease:
             progress(f"{one.label}: loading the model", 0, one.count)
-            record = record_of(_stage(one))
+            record = record_of(_stage(one)) | {"model": one.recipe.model, "data": one.recipe.data}
             job = AnswersJob(one.key, storage.root, one.recipe, record, lease.token)
             ask(
                 job,
