@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 MME, NUM_BENCHMARKS = "mme_p", 16
 CONSTANT_FROM = 0.95
 PRINT_EVERY_S = 10.0
+MAX_PLACES = 3
 OneOfMode = Annotated[
     Literal["paper", "corrected"],
     typer.Option("--mode", help="paper: the reference rules, oddities included."),
@@ -193,8 +194,10 @@ def _explain(rows: Sequence[Row], limit: int | None) -> None:
 
 def _next(request: Request, rows: Sequence[Row]) -> None:
     """Says where the answers are and what to do next."""
-    for row in rows:
+    for row in rows[:MAX_PLACES]:
         _say(f"answers of {row.benchmark}: {row.answers}")
+    if len(rows) > MAX_PLACES:
+        _say("and so on; --json names the others")
     if request.limit is not None:
         _say(f"next, all questions: {_command(replace(request, limit=None))}")
     elif not request.blind:

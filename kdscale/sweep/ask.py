@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kdscale.core.answers_config import Answers, answers_key
 from kdscale.core.config import STAGE_WEIGHTS, Execution, Mode, Precision
@@ -131,12 +130,11 @@ def _checked(directory: Path) -> Path:
 
 def _downloaded(name: str) -> Path:
     """Returns the local copy of a model on the hub."""
-    import huggingface_hub
+    from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
 
-    download: Any = huggingface_hub.snapshot_download
     hub_id, _, revision = name.partition("@")
     try:
-        return Path(download(hub_id, revision=revision or None))
+        return Path(snapshot_download(hub_id, revision=revision or None))
     except Exception as error:  # the hub's client has a dozen kinds
         reason = str(error).strip().partition("\n")[0]
         raise WeightsError(f"{name!r} is no directory here, nor to be had: {reason}") from error
