@@ -19,8 +19,9 @@ from kdscale.cli import app
 from kdscale.core.catalog_mini import MINI_LANGUAGE_MODELS, MINI_STUDENTS
 from kdscale.core.config import DataSpec, MiniWorld
 from kdscale.core.storage import StageStore, Storage
+from kdscale.data.samples import decode
 from kdscale.data.shards import Manifest
-from kdscale.eval.answers import answer
+from kdscale.eval.generate import Generator, Prompt
 from kdscale.mini.questions import eval_items
 from kdscale.models.vlm import load_vlm
 from kdscale.stages.inputs import find_source
@@ -163,13 +164,14 @@ def test_an_exported_vlm_answers_in_plain_transformers(tmp_path: Path) -> None:
     report = json.loads(found.stdout)
     assert report["extra_import"] is None
     world = MiniWorld(split="eval", content="instruct", num_samples=8)
-    asked: list[tuple[str, bytes | None]] = []
+    asked: list[Prompt] = []
     questions: list[dict[str, Any]] = []
     for number, item in enumerate(eval_items(world)):
         path = tmp_path / f"{number}.jpg"
         path.write_bytes(item["image"])
         for image in (item["image"], None):
-            asked.append((item["prompt"], image))
+            images = (image,) if image else ()
+            asked.append(Prompt(name="", text=item["prompt"], images=images, max_new_tokens=8))
             questions.append({"prompt": item["prompt"], "images": [str(path)] if image else []})
     (tmp_path / "questions.json").write_text(json.dumps(questions))
     done = subprocess.run(
@@ -181,7 +183,8 @@ def test_an_exported_vlm_answers_in_plain_transformers(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     theirs = json.loads(done.stdout.splitlines()[-1])
     with job.stage.storage.local_directory(*job.stage.parts, "output", "model") as directory:
-        ours = answer(*load_vlm(directory), asked, max_new_tokens=8)
+        generator = Generator(*load_vlm(directory), decode)
+    ours = [answer.text for answer in generator(asked)]
     assert [text.strip() for text in theirs] == ours
     assert len(set(ours)) > 2  # the same answer to everything would prove little
 

@@ -23,7 +23,10 @@ LAYERS = {
     "cli": 5,
     "cli_bench": 4,
     "cli_data": 4,
+    "cli_evaluate": 4,
     "cli_export": 4,
+    "lmms_model": 3,
+    "lmms_plugin": 3,
     "terminal": 1,
 }
 UPWARD = {("sweep/grid.py", "cli")}  # `sweep.main()` makes a sweep file a program

@@ -105,12 +105,12 @@ def local_files(recipe: Spec) -> dict[str, Any]:
     named = ("weights", "tokenizer")
     places = {p for k in known for n in named if isinstance(p := getattr(k, n, None), str)}
     folders = {p: Path(p).expanduser() for p in places if p not in _BUILT_IN}
-    found = {place: _contents(path) for place, path in folders.items() if path.is_dir()}
+    found = {place: folder_contents(path) for place, path in folders.items() if path.is_dir()}
     return {"files": found} if found else {}
 
 
-def _contents(folder: Path) -> dict[str, str]:
-    """Hashes the files of a directory: {name: SHA-256}."""
+def folder_contents(folder: Path) -> dict[str, str]:
+    """Hashes the files of a directory, not those below: {name: SHA-256}."""
     files = [(file, file.stat()) for file in folder.iterdir() if file.is_file()]
     return {f.name: _file_digest(str(f), s.st_size, s.st_mtime_ns) for f, s in files}
 

@@ -98,6 +98,10 @@ class WeightsError(KdscaleError):
     """Model weights that are absent or do not fit the architecture."""
 
 
+class AnswerFailed(KdscaleError):
+    """Questions that a model could not be asked, though nothing is wrong with them."""
+
+
 class ExportMismatch(KdscaleError):
     """An exported model that does not answer as the original does."""
 

@@ -26,6 +26,11 @@ from kdscale.core.vlm_config import LanguageModelSpec
 from kdscale.models.preprocess import TOKENIZER_DIR
 
 IMAGE = "<image>"
+DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 ROW_MULTIPLE = 64
 
 

@@ -17,9 +17,10 @@ import torch.distributed as dist
 from kdscale.core.config import STAGE_WEIGHTS
 from kdscale.core.journal import JournalWriter
 from kdscale.core.storage import Storage, check_lease
-from kdscale.eval.answers import answer
+from kdscale.eval.generate import Generator, Prompt
 from kdscale.eval.matching import is_right
 from kdscale.models.vlm import load_vlm
+from kdscale.stages.ask import decode_any
 from kdscale.stages.jobs import EvaluateJob
 from kdscale.stages.loop import World
 
@@ -52,13 +53,22 @@ class EvaluateRun:
             loaded, processor = load_vlm(directory)
         model: Any = loaded
         model.to(self.world.device)
-        length = self.job.recipe.questions.max_new_tokens
+        generator = Generator(model, processor, decode_any)
         for column, blind in (("prediction", False), ("blind_prediction", True)):
-            asked = [(item["prompt"], None if blind else item["image"]) for item in own]
-            found = answer(model, processor, asked, max_new_tokens=length)
-            for item, text in zip(own, found, strict=True):
-                item[column] = text
+            found = generator([self._prompt(item, blind) for item in own])
+            for item, answer in zip(own, found, strict=True):
+                item[column] = answer.text
         self._finish(self._gathered(own))
+
+    def _prompt(self, item: dict[str, Any], blind: bool) -> Prompt:
+        """Returns what the model is asked about an item."""
+        spec = self.job.recipe.questions
+        return Prompt(
+            name=f"{spec.name} {item['item_id']}",
+            text=item["prompt"],
+            images=() if blind else (item["image"],),
+            max_new_tokens=spec.max_new_tokens,
+        )
 
     def _gathered(self, own: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Puts the workers' shares together in the order of the questions."""

@@ -1,4 +1,4 @@
-"""What the stages that work shard by shard share: embedding a teacher, a frozen tower's features.
+"""What the stages that work shard by shard share: embeddings, features, answers to questions.
 
 A shard whose files are all there is never done again, so a killed run loses the shards in work
 and nothing else.
@@ -17,12 +17,59 @@ import fsspec
 import numpy as np
 import torch
 
+from kdscale.core.config import Execution
+from kdscale.core.journal import JournalWriter
 from kdscale.core.storage import check_lease
 from kdscale.data.raw import RawSample
 from kdscale.data.shards import ShardEntry, read_good
 from kdscale.data.sidecars import SUMMARY, Values
-from kdscale.stages.jobs import EmbedJob, ShardJob
+from kdscale.stages.jobs import AnswersJob, EmbedJob, ShardJob
 from kdscale.stages.loop import chunks
+
+
+def run_shards(
+    job: ShardJob | AnswersJob, left: Sequence[Any], make: Callable[[], Any], total: int
+) -> Iterator[dict[str, Any]]:
+    """Does what is left of a job, in this process or by a pool of Ray Data actors.
+
+    Args:
+        job: `run.num_workers` actors, or none where it is 0.
+        left: Shards by number, or blocks of questions in bytes.
+        make: Gives the function that does one, called once per process.
+        total: How many there are, finished ones included.
+
+    Yields:
+        What came of each, as of `shard_row`, noted in the journal.
+
+    Raises:
+        StageFailed: If one could not be done.
+        StageRefused: If another attempt could not do it either.
+    """
+    job.stage.forget_failure()
+    clear_leftovers(job)
+    run, journal = job.recipe.run or Execution(), JournalWriter(job.stage, 1)
+    try:
+        rows: Iterator[dict[str, Any]] = iter(())
+        if run.num_workers > 0:
+            from kdscale.stages.worker import actor_map
+
+            resources = {"CPU": run.cpus_per_worker, "GPU": run.gpus_per_worker}
+            rows = actor_map(left, make, num_actors=run.num_workers, resources=resources)
+        elif left:
+            rows = map(make(), left)
+        for done, row in enumerate(rows, total - len(left) + 1):
+            speed = {"samples_per_s": row["samples"] / row["seconds"]}
+            journal.append({"step": done, "shards": total, **speed})
+            yield row
+    except Exception as error:
+        from kdscale.stages.worker import raise_failed
+
+        raise_failed([job], error)
+
+
+def threads_of(job: ShardJob | AnswersJob) -> int:
+    """Returns how many threads one process of a job may use to decode."""
+    return max(1, round((job.recipe.run or Execution()).cpus_per_worker))
 
 
 def shards_of(job: ShardJob) -> list[int]:
@@ -102,7 +149,7 @@ def shard_row(number: int, samples: int, began: float, summary: dict[str, Any]) 
     }
 
 
-def clear_leftovers(job: ShardJob) -> None:
+def clear_leftovers(job: ShardJob | AnswersJob) -> None:
     """Removes what a killed attempt has half written."""
     parts = (*job.stage.parts, "output")
     for name in job.stage.storage.names(*parts):

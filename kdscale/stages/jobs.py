@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from kdscale.core.answers_config import Answers
 from kdscale.core.config import EMBED_STAGE, Distill, Embed
 from kdscale.core.keys import content_key
 from kdscale.core.storage import StageStore, Storage
@@ -175,6 +176,18 @@ class FeaturesJob(Job):
     record: dict[str, Any]
     lease: str | None = None
     kind: str = Features.kind
+
+
+@dataclass(frozen=True)
+class AnswersJob(Job):
+    """Everything an actor needs to answer questions; attributes as of `EmbedJob`."""
+
+    key: str
+    storage_root: str
+    recipe: Answers
+    record: dict[str, Any]
+    lease: str | None = None
+    kind: str = Answers.kind
 
 
 ShardJob = EmbedJob | FeaturesJob

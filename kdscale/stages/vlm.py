@@ -29,7 +29,7 @@ from kdscale.data.collate import collate
 from kdscale.data.instruct_stream import InstructBatch
 from kdscale.data.templates import chat_template
 from kdscale.models.hf_towers import vision_model
-from kdscale.models.language import Attention, attention_for, load_language
+from kdscale.models.language import DTYPES, Attention, attention_for, load_language
 from kdscale.models.towers import load_tower
 from kdscale.models.vlm import (
     build_vlm,
@@ -42,7 +42,6 @@ from kdscale.stages.jobs import VlmJob
 from kdscale.stages.loop import World, check_precision
 
 LEARNT = "learnt.safetensors"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

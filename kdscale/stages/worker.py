@@ -20,7 +20,6 @@ import torch
 
 from kdscale.core.checkpoints import Checkpoints
 from kdscale.core.config import Execution
-from kdscale.core.journal import JournalWriter
 from kdscale.core.storage import StageStore
 from kdscale.core.types import (
     CheckpointError,
@@ -38,7 +37,14 @@ from kdscale.data.stream import (
     quiet,
     train_dataset,
 )
-from kdscale.stages.jobs import DistillJob, EvaluateJob, FeaturesJob, ShardJob, VlmJob
+from kdscale.stages.jobs import (
+    AnswersJob,
+    DistillJob,
+    EvaluateJob,
+    FeaturesJob,
+    ShardJob,
+    VlmJob,
+)
 from kdscale.stages.streams import instruct_config, stream_config
 
 TrainJob = DistillJob | VlmJob | EvaluateJob
@@ -90,7 +96,7 @@ def fit(jobs: Sequence[TrainJob]) -> None:
     raise_failed(jobs, failure)
 
 
-def raise_failed(jobs: Sequence[TrainJob | ShardJob], error: Exception | None) -> None:
+def raise_failed(jobs: Sequence[TrainJob | ShardJob | AnswersJob], error: Exception | None) -> None:
     """Raises what has ended an attempt, and notes it in the stage unless a worker has.
 
     Args:
@@ -123,28 +129,13 @@ def embed(job: ShardJob) -> None:
         StageFailed: If a shard could not be embedded.
         StageRefused: If another attempt could not embed it either.
     """
-    from kdscale.stages.by_shard import clear_leftovers, finish, shards_of
+    from kdscale.stages.by_shard import finish, run_shards, shards_of, threads_of
 
-    job.stage.forget_failure()
-    clear_leftovers(job)
-    run, started = job.recipe.run or Execution(), time.time()
-    journal, total = JournalWriter(job.stage, 1), len(shards_of(job))
-    left, make = _left(job, max(1, round(run.cpus_per_worker)))
-    resources = {"CPU": run.cpus_per_worker, "GPU": run.gpus_per_worker}
-    summary: dict[str, Any] = {}
-    try:
-        if run.num_workers == 0 or not left:
-            embedder = make()
-            rows, summary = map(embedder, left), embedder.summary()
-        else:
-            rows = actor_map(left, make, num_actors=run.num_workers, resources=resources)
-        for done, row in enumerate(rows, total - len(left) + 1):
-            summary = json.loads(row["summary"])
-            speed = {"samples_per_s": row["samples"] / row["seconds"]}
-            journal.append({"step": done, "shards": total, **speed})
-    except Exception as error:
-        raise_failed([job], error)
-    finish(job, summary, time.time() - started)
+    started, summary = time.time(), "{}"
+    left, make = _left(job, threads_of(job))
+    for row in run_shards(job, left, make, len(shards_of(job))):
+        summary = row["summary"]
+    finish(job, json.loads(summary) if left else make().summary(), time.time() - started)
 
 
 def _left(job: ShardJob, threads: int) -> tuple[list[int], Callable[[], Any]]:
@@ -159,16 +150,17 @@ def _left(job: ShardJob, threads: int) -> tuple[list[int], Callable[[], Any]]:
 
 
 def actor_map(
-    items: Sequence[int],
-    make: Callable[[], Callable[[int], dict[str, Any]]],
+    items: Sequence[int] | Sequence[bytes],
+    make: Callable[[], Callable[[Any], dict[str, Any]]],
     *,
     num_actors: int,
     resources: Mapping[str, float],
 ) -> Iterator[dict[str, Any]]:
-    """Maps numbers through a pool of Ray Data actors and yields the results as they come.
+    """Maps numbers or bytes through a pool of Ray Data actors; yields results as they come.
 
     Args:
         items: What to map; each is a task of its own, done again elsewhere if its actor dies.
+            Without any, no actor is started.
         make: Called once per actor; gives the function that maps one item to a flat row.
         num_actors: Actors at most.
         resources: CPU and GPU of one actor.
@@ -182,7 +174,11 @@ def actor_map(
 
         def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
             (item,) = batch["item"]
-            return {name: [value] for name, value in self._work(int(item)).items()}
+            item = item if isinstance(item, bytes) else int(item)
+            return {name: [value] for name, value in self._work(item).items()}
+
+    if not items:
+        return
 
     dataset = ray.data.from_items(
         [{"item": item} for item in items], override_num_blocks=len(items)

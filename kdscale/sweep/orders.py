@@ -31,10 +31,10 @@ def training_job(stage: Stage, token: str, storage: Storage) -> DistillJob | Vlm
     recipe: Any = stage.recipe
     if isinstance(recipe, Evaluate):
         place = questions_file(recipe.questions.mini, storage)
-        return EvaluateJob(stage.key, storage.root, recipe, place, _record(stage), token)
+        return EvaluateJob(stage.key, storage.root, recipe, place, record_of(stage), token)
     data = _data_of(stage, storage)
     steps = total_steps(recipe, data.num_samples)
-    record = _record(stage, data) | {"total_steps": steps}
+    record = record_of(stage, data) | {"total_steps": steps}
     if isinstance(recipe, VlmStage):
         record |= {"features": recipe.features}  # not in the key, and so not in the recipe's words
         from kdscale.stages.streams import vlm_inputs
@@ -82,14 +82,14 @@ def checked(stage: Stage, data: Manifest) -> Manifest:
 def shard_job(stage: Stage, token: str, storage: Storage) -> ShardJob:
     """Returns what those are told who work shard by shard."""
     recipe, data = stage.recipe, _data_of(stage, storage)
-    record = _record(stage, data)
+    record = record_of(stage, data)
     if isinstance(recipe, Features):
         return FeaturesJob(stage.key, storage.root, recipe, data, record, token)
     assert isinstance(recipe, Embed)
     return EmbedJob(stage.key, storage.root, recipe, data, record, token)
 
 
-def _record(stage: Stage, data: Manifest | None = None) -> dict[str, Any]:
+def record_of(stage: Stage, data: Manifest | None = None) -> dict[str, Any]:
     """Returns what `stage.json` says of a stage before it runs."""
     teacher = getattr(stage.recipe, "teacher", None)
     packages = ("torch", "ray", "open_clip_torch", "timm", "transformers", "peft", "deepspeed")
