@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from kdscale.cli_bench import bench
+from kdscale.cli_cka import cka
 from kdscale.cli_data import data_app
 from kdscale.cli_export import export
 from kdscale.core.config import Execution
@@ -229,3 +230,4 @@ app.command("plan")(sweep_command(show_plan))
 app.command("report")(sweep_command(show_report))
 app.command("status")(sweep_command(show_status))
 app.command("export")(export)
+app.command("cka")(cka)
