@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from kdscale.cli_bench import bench
+from kdscale.cli_cka import cka
 from kdscale.cli_data import data_app
 from kdscale.cli_evaluate import evaluate
 from kdscale.cli_export import export
@@ -231,3 +232,4 @@ app.command("report")(sweep_command(show_report))
 app.command("status")(sweep_command(show_status))
 app.command("export")(export)
 app.command("evaluate")(evaluate)
+app.command("cka")(cka)

@@ -22,6 +22,7 @@ LAYERS = {
     "sweep": 3,
     "cli": 5,
     "cli_bench": 4,
+    "cli_cka": 4,
     "cli_data": 4,
     "cli_evaluate": 4,
     "cli_export": 4,

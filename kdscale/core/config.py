@@ -108,6 +108,7 @@ class TowerSpec(Spec):
         weights: `random`, an open_clip tag (`openai`), `hf-hub:org/name`, or a local directory
             in the hub's layout.
         resize: `shortest` (then centre crop) or `squash`, at evaluation.
+        interpolation: Filter of that resizing.
         tokenizer: `clip_bpe`, `siglip`, a miniature one (`mini_bpe`, `mini_sp`), or a directory.
         width: Width of the image tower's trunk.
         patch_px: Side of a patch, None for hierarchical towers.
@@ -120,6 +121,9 @@ class TowerSpec(Spec):
     mean: tuple[float, float, float] = OPENAI_MEAN
     std: tuple[float, float, float] = OPENAI_STD
     resize: Literal["shortest", "squash"] = "shortest"
+    interpolation: Annotated[
+        Literal["bicubic", "bilinear"], Field(json_schema_extra=IN_KEY_UNLESS_DEFAULT)
+    ] = "bicubic"
     tokenizer: str = "clip_bpe"
     context_length: int = Field(default=77, gt=1)
     embed_dim: int = Field(default=512, gt=0)

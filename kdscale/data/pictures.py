@@ -75,7 +75,7 @@ class LinkIndex:
     """
 
     def __init__(self, folder: str, rows: Iterable[Row]) -> None:
-        files = list(_files(folder, ""))
+        files = list(list_files(folder, ""))
         stems = [os.path.splitext(os.path.basename(file))[0] for file in files]
         plain = [stem for stem in stems if not _DIGEST.fullmatch(stem)]
         self._numbered = 2 * sum(bool(_DIGITS.fullmatch(stem)) for stem in plain) > len(plain)
@@ -114,14 +114,14 @@ class LinkIndex:
         return "", "missing_image"
 
 
-def _files(folder: str, prefix: str) -> Iterator[str]:
+def list_files(folder: str, prefix: str) -> Iterator[str]:
     """Lists what may be an image in a folder and below, as sorted relative paths."""
     with os.scandir(os.path.join(folder, prefix)) as found:
         entries = sorted(found, key=lambda entry: entry.name)
     for entry in entries:
         path = os.path.join(prefix, entry.name)
         if entry.is_dir():
-            yield from _files(folder, path)
+            yield from list_files(folder, path)
         elif not entry.name.lower().endswith(_BESIDE):
             yield path
 

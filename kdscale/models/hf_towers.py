@@ -16,6 +16,7 @@ import timm
 import torch
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
+from PIL import Image
 from timm.layers.activations import GELUTanh
 from torch import Tensor, nn
 from transformers import (
@@ -108,6 +109,7 @@ def image_processor(spec: TowerSpec, image_mode: ImageMode = "square") -> LlavaI
         crop_size=square,
         do_center_crop=spec.resize != "squash",
         do_pad=image_mode == "pad",
+        resample=Image.Resampling[spec.interpolation.upper()],
         image_mean=list(spec.mean),
         image_std=list(spec.std),
     )

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 def eval_crop(rgb: np.ndarray, spec: TowerSpec, *, floor: bool = False) -> np.ndarray:
     """Renders an image as the tower sees it at evaluation, before normalisation.
 
-    Pillow resizes: its bicubic filter widens when shrinking, as the towers' authors had it;
+    Pillow resizes: its filters widen when shrinking, as the towers' authors had it;
     OpenCV's does not, and its area filter blurs differently.
 
     Of an image more than `MAX_ASPECT` times as long as it is wide, only the central strip is
@@ -61,8 +61,9 @@ def eval_crop(rgb: np.ndarray, spec: TowerSpec, *, floor: bool = False) -> np.nd
     """
     image = Image.fromarray(rgb)
     px = spec.image_px
+    resample = Image.Resampling[spec.interpolation.upper()]
     if spec.resize == "squash":
-        return np.asarray(image.resize((px, px), Image.Resampling.BICUBIC))
+        return np.asarray(image.resize((px, px), resample))
     width, height = image.size
     short = min(width, height)
     size = (int(px * width / short), int(px * height / short))
@@ -70,9 +71,9 @@ def eval_crop(rgb: np.ndarray, spec: TowerSpec, *, floor: bool = False) -> np.nd
     if max(size) > MAX_ASPECT * px:
         across, down = width / size[0], height / size[1]
         strip = (left * across, top * down, (left + px) * across, (top + px) * down)
-        return np.asarray(image.resize((px, px), Image.Resampling.BICUBIC, box=strip))
+        return np.asarray(image.resize((px, px), resample, box=strip))
     if size != image.size:
-        image = image.resize(size, Image.Resampling.BICUBIC)
+        image = image.resize(size, resample)
     return np.asarray(image)[top : top + px, left : left + px]
 
 

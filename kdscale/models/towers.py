@@ -167,7 +167,7 @@ def _preprocess_config(spec: TowerSpec) -> dict[str, Any]:
         "mode": "RGB",
         "mean": spec.mean,
         "std": spec.std,
-        "interpolation": "bicubic",
+        "interpolation": spec.interpolation,
         "resize_mode": spec.resize,
         "fill_color": 0,
     }

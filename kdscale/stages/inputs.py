@@ -149,7 +149,7 @@ def manifest_place(
         NoShards: The pattern matches nothing.
     """
     word = _WORD["labels" if labelled else content]
-    return "manifests", f"{_fingerprint(expand(urls))}{word and f'-{word}'}.json"
+    return "manifests", f"{fingerprint(expand(urls))}{word and f'-{word}'}.json"
 
 
 def read_manifest(url: str, *, content: Content = "captions", labelled: bool = False) -> Manifest:
@@ -236,7 +236,7 @@ def _world_key(world: MiniWorld) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def _fingerprint(paths: list[str]) -> str:
+def fingerprint(paths: list[str]) -> str:
     """Names a set of files by path, size and time of change, without reading them."""
     rows: list[str] = []
     for path in paths:

@@ -7,10 +7,12 @@ from typing import Any
 
 from kdscale.core.answers_config import Answers
 from kdscale.core.config import EMBED_STAGE, Distill, Embed
+from kdscale.core.eval_config import Cka
 from kdscale.core.keys import content_key
 from kdscale.core.storage import StageStore, Storage
 from kdscale.core.vlm_config import FEATURES_STAGE, Evaluate, Features, VlmStage
 from kdscale.data.features import FeatureRef, find_features
+from kdscale.data.image_sets import ImageSet
 from kdscale.data.samples import Crop
 from kdscale.data.shards import Manifest
 from kdscale.data.sidecars import CacheRef
@@ -188,6 +190,23 @@ class AnswersJob(Job):
     record: dict[str, Any]
     lease: str | None = None
     kind: str = Answers.kind
+
+
+@dataclass(frozen=True)
+class CkaJob(Job):
+    """Everything a worker needs to compare two models; attributes as of `EmbedJob`.
+
+    Attributes:
+        images: Survey of the images.
+    """
+
+    key: str
+    storage_root: str
+    recipe: Cka
+    images: ImageSet
+    record: dict[str, Any]
+    lease: str | None = None
+    kind: str = Cka.kind
 
 
 ShardJob = EmbedJob | FeaturesJob
