@@ -17,6 +17,7 @@ from rich.console import Console
 from kdscale.cli_bench import bench
 from kdscale.cli_data import data_app
 from kdscale.cli_export import export
+from kdscale.cli_zero_shot import zero_shot
 from kdscale.core.config import Execution
 from kdscale.core.scale import Scale, scale_named
 from kdscale.core.storage import Storage
@@ -229,3 +230,4 @@ app.command("plan")(sweep_command(show_plan))
 app.command("report")(sweep_command(show_report))
 app.command("status")(sweep_command(show_status))
 app.command("export")(export)
+app.command("zero-shot")(zero_shot)

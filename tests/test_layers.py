@@ -24,6 +24,7 @@ LAYERS = {
     "cli_bench": 4,
     "cli_data": 4,
     "cli_export": 4,
+    "cli_zero_shot": 4,
     "terminal": 1,
 }
 UPWARD = {("sweep/grid.py", "cli")}  # `sweep.main()` makes a sweep file a program
