@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from kdscale.core.types import DataError, TrainingDiverged
 
-MAX_CELLS = 1 << 22  # scores at once: 16 MB, and about as much again for each comparison
+MAX_CELLS = 1 << 20  # scores at once: 4 MB, and about as much again for each comparison
 
 
 class EmbeddingUnusable(TrainingDiverged):
