@@ -19,6 +19,7 @@ from kdscale.cli_cka import cka
 from kdscale.cli_data import data_app
 from kdscale.cli_evaluate import evaluate
 from kdscale.cli_export import export
+from kdscale.cli_zero_shot import zero_shot
 from kdscale.core.config import Execution
 from kdscale.core.scale import Scale, scale_named
 from kdscale.core.storage import Storage
@@ -233,3 +234,4 @@ app.command("status")(sweep_command(show_status))
 app.command("export")(export)
 app.command("evaluate")(evaluate)
 app.command("cka")(cka)
+app.command("zero-shot")(zero_shot)

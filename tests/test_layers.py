@@ -28,6 +28,7 @@ LAYERS = {
     "cli_export": 4,
     "lmms_model": 3,
     "lmms_plugin": 3,
+    "cli_zero_shot": 4,
     "terminal": 1,
 }
 UPWARD = {("sweep/grid.py", "cli")}  # `sweep.main()` makes a sweep file a program

@@ -31,6 +31,7 @@ class RawSample:
     Attributes:
         index: Place among all samples of the shard, good or bad.
         cut: The shard ends inside this sample.
+        cls: A label's text, as evaluation sets carry it.
     """
 
     index: int
@@ -39,6 +40,7 @@ class RawSample:
     txt: bytes | None = None
     json: bytes | None = None
     cut: bool = False
+    cls: bytes | None = None
 
     @property
     def caption(self) -> str:
@@ -174,7 +176,9 @@ def read_tar(path: str, fs: Any, hasher: Any = None) -> Iterator[RawSample]:
 
 def _slot(suffix: str) -> str | None:
     """Says which part of a sample a suffix holds."""
-    return "jpg" if suffix in IMAGE_SUFFIXES else suffix if suffix in ("txt", "json") else None
+    return (
+        "jpg" if suffix in IMAGE_SUFFIXES else suffix if suffix in ("txt", "json", "cls") else None
+    )
 
 
 def _opening(fs: Any) -> dict[str, Any]:

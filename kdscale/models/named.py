@@ -24,7 +24,7 @@ from kdscale.core.eval_config import ImageModelSpec
 from kdscale.core.find import find_stage
 from kdscale.core.storage import Storage
 from kdscale.core.types import ConfigError, UnknownName, WeightsError
-from kdscale.models.preprocess import HF_TOKENIZER_FILES
+from kdscale.models.preprocess import HF_TOKENIZER_FILES, tokenizer
 from kdscale.models.towers import SPEC_FILE, read_spec
 from kdscale.models.weights import CONFIG_FILE, HUB_PREFIX
 
@@ -45,8 +45,8 @@ def resolve(name: str, storage: Storage | None = None) -> Named:
     """Finds what a name stands for.
 
     Args:
-        name: A role of the catalogue; open_clip's `ARCH/TAG`; a timm name, with or without a tag;
-            either of them as `NAME/random`; `hf-hub:ORG/NAME`; a local directory that kdscale,
+        name: A role of the catalogue; open_clip's `ARCH/TAG`, or `ARCH/DIRECTORY` with local
+            weights; a timm name, with or without a tag; either of them as `NAME/random`; `hf-hub:ORG/NAME`; a local directory that kdscale,
             open_clip, timm or transformers wrote; or the key of a finished `distill` or `teacher`
             stage, or its first digits (`stage:KIND/KEY`, too). Tried in this order, directories
             after roles.
@@ -66,7 +66,7 @@ def resolve(name: str, storage: Storage | None = None) -> Named:
         return _from_directory(Path(name).expanduser())
     if name.startswith(HUB_PREFIX):
         return _from_hub(name)
-    arch, slash, tag = name.rpartition("/")
+    arch, slash, tag = name.partition("/")
     if slash and arch in open_clip.list_models():
         return _from_open_clip(arch, tag)
     plain = name.removesuffix("/random")
@@ -77,6 +77,25 @@ def resolve(name: str, storage: Storage | None = None) -> Named:
     if storage is not None and (key != name or _KEY.fullmatch(name)):
         return _from_stage(key.rpartition("/")[2], storage)
     raise UnknownName(f"unknown model {name!r}.{_near(name)} A model is {_FORMS}.")
+
+
+def resolve_clip(name: str, storage: Storage | None = None) -> TowerSpec:
+    """Finds the pair of towers that a name stands for.
+
+    Args:
+        name: As of `resolve`.
+        storage: Likewise.
+
+    Raises:
+        ConfigError: It has no text tower, or one whose tokenizer is not known.
+        UnknownName, WeightsError: As of `resolve`.
+    """
+    found = resolve(name, storage)
+    if isinstance(found, ImageModelSpec):
+        raise ConfigError(f"{name} reads images alone; a pair of image and text tower is needed")
+    if found.tokenizer != "siglip":  # whose files may still have to be fetched
+        tokenizer(found)
+    return found
 
 
 def _near(name: str) -> str:
@@ -96,7 +115,12 @@ def _from_stage(key: str, storage: Storage) -> TowerSpec:
 
 
 def _from_open_clip(arch: str, tag: str) -> TowerSpec:
-    """One of open_clip's own architectures, with the weights of a tag or random ones."""
+    """One of open_clip's own architectures, with weights of a tag, a directory, or random ones."""
+    directory = Path(tag).expanduser()
+    if directory.is_dir():
+        path = directory / CONFIG_FILE
+        content = _read(path).get("preprocess_cfg", {}) if path.is_file() else {}
+        return clip_spec(f"{arch}/{directory.name}", arch, content, str(directory))
     entry = get_pretrained_cfg(arch, tag)
     if tag != "random" and not entry:
         tags = open_clip.list_pretrained_tags_by_model(arch)

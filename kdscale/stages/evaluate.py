@@ -19,6 +19,7 @@ from kdscale.analysis.cka import LinearCKA
 from kdscale.core.config import TowerSpec, ZeroShotSpec
 from kdscale.data.shards import Manifest, read_labelled
 from kdscale.data.sidecars import EVAL, CacheRef, read_sidecar
+from kdscale.eval.classes import prompt_templates
 from kdscale.eval.zeroshot import classifier, predict
 from kdscale.models.towers import eval_crop, image_features, normalise, tokenizer
 from kdscale.stages.jobs import CKA_IMAGES
@@ -64,15 +65,7 @@ def class_texts(spec: ZeroShotSpec) -> tuple[list[str], list[str]]:
         templates = TEMPLATES if templates == "mini" else templates
     if names == "imagenet":
         from open_clip import IMAGENET_CLASSNAMES as names
-    if isinstance(templates, str):
-        import open_clip
-
-        table = {
-            "openai": open_clip.OPENAI_IMAGENET_TEMPLATES,
-            "simple": (lambda c: f"a photo of a {c}.",),
-        }
-        templates = [make("{}") for make in table[templates]]
-    return list(names), list(templates)
+    return list(names), prompt_templates(templates)
 
 
 @dataclass
