@@ -46,10 +46,10 @@ def resolve(name: str, storage: Storage | None = None) -> Named:
 
     Args:
         name: A role of the catalogue; open_clip's `ARCH/TAG`, or `ARCH/DIRECTORY` with local
-            weights; a timm name, with or without a tag; either of them as `NAME/random`; `hf-hub:ORG/NAME`; a local directory that kdscale,
-            open_clip, timm or transformers wrote; or the key of a finished `distill` or `teacher`
-            stage, or its first digits (`stage:KIND/KEY`, too). Tried in this order, directories
-            after roles.
+            weights; a timm name, with or without a tag; either of them as `NAME/random`;
+            `hf-hub:ORG/NAME`; a local directory that kdscale, open_clip, timm or transformers
+            wrote; or the key of a finished `distill` or `teacher` stage, or its first digits
+            (`stage:KIND/KEY`, too). Tried in this order, directories after roles.
         storage: Where stages live; None knows none.
 
     Returns:
