@@ -15,7 +15,13 @@ distill = Distill(
     loss=choose("clip_kd", "kl"),
 )
 taught = Distill(student="vit_t16", teacher="clip_l14", loss="clip_kd")
-vlm = Vlm(vision=taught.output, recipe="tinyllava", llm="qwen2_0_5b", questions="scenes")
+vlm = Vlm(
+    vision=taught.output,
+    recipe="tinyllava",
+    llm="qwen2_0_5b",
+    questions="scenes",
+    suite="paper16",
+)
 sweep = Sweep(
     name="quickstart",
     stages=[control, distill, vlm],

@@ -19,7 +19,7 @@ from kdscale.core.config import (
     TowerSpec,
     ZeroShotSpec,
 )
-from kdscale.core.vlm_config import LanguageModelSpec, QuestionsSpec
+from kdscale.core.vlm_config import LanguageModelSpec, QuestionsSpec, SuiteSpec
 
 BPE_VOCAB = 730
 SP_VOCAB = 125
@@ -303,6 +303,9 @@ MINI_QUESTIONS: dict[str, QuestionsSpec] = {
         mini=_ASKED,
         max_new_tokens=8,
     ),
+}
+MINI_SUITES: dict[str, SuiteSpec] = {
+    "paper16": SuiteSpec(name="paper16 in miniature", mini=_ASKED, batch_size=32)
 }
 _VLM_SIZES: dict[str, Any] = {
     "precision": "fp32",

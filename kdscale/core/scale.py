@@ -23,7 +23,7 @@ from kdscale.core.config import (
     ZeroShotSpec,
 )
 from kdscale.core.types import unknown_name
-from kdscale.core.vlm_config import LanguageModelSpec, QuestionsSpec, VlmStage
+from kdscale.core.vlm_config import LanguageModelSpec, QuestionsSpec, SuiteSpec, VlmStage
 
 
 class Sizes(Spec):
@@ -69,6 +69,7 @@ class Scale(Spec):
     data_paths: dict[str, str] = Field(default_factory=dict)
     language_models: dict[str, LanguageModelSpec] = Field(default_factory=dict)
     questions: dict[str, QuestionsSpec] = Field(default_factory=dict)
+    suites: dict[str, SuiteSpec] = Field(default_factory=dict)
     sizes: Sizes = Sizes()
     vlm_sizes: dict[str, VlmSizes] = Field(default_factory=dict)
     run: Execution = Execution()
@@ -83,6 +84,7 @@ PAPER = Scale(
     data=dict(catalog.DATA),
     zero_shot=dict(catalog.ZERO_SHOT),
     language_models=dict(catalog.LANGUAGE_MODELS),
+    suites={"paper16": SuiteSpec(name="paper16")},
     run=Execution(
         num_workers=16, cpus_per_worker=2, gpus_per_worker=1, cpus_per_data_task=1, data_cpus=64
     ),
@@ -104,6 +106,7 @@ MINI = Scale(
     zero_shot=dict(catalog_mini.MINI_ZERO_SHOT),
     language_models=dict(catalog_mini.MINI_LANGUAGE_MODELS),
     questions=dict(catalog_mini.MINI_QUESTIONS),
+    suites=dict(catalog_mini.MINI_SUITES),
     sizes=Sizes(**catalog_mini.MINI_SIZES),
     vlm_sizes={kind: VlmSizes(**sizes) for kind, sizes in catalog_mini.MINI_VLM_SIZES.items()},
     run=Execution(

@@ -16,6 +16,7 @@ from kdscale.core.config import (
     DataSpec,
     Distill,
     MiniWorld,
+    Mode,
     Precision,
     Recipe,
     Spec,
@@ -205,6 +206,32 @@ class QuestionsSpec(Spec):
     max_new_tokens: int = Field(default=16, gt=0)
 
 
+class SuiteSpec(Spec):
+    """Benchmarks that a finished VLM is asked, with its images and without them.
+
+    Attributes:
+        name: What people call it, and where `--data NAME=DIR` puts its files.
+        benchmarks: Their names in `kdscale.eval`, empty for all 16.
+        mini: The miniature world that draws them; None reads the real ones.
+        num_items: Questions of each miniature benchmark.
+        data: Directory of the real ones.
+        mode: How they are asked and scored.
+        blind: Ask once more without the images.
+        limit: Ask the first so many of each; None for all.
+        batch_size: Questions at once.
+    """
+
+    name: str
+    benchmarks: tuple[str, ...] = ()
+    mini: MiniWorld | None = None
+    num_items: int = Field(default=96, gt=0)
+    data: str | None = None
+    mode: Mode = "paper"
+    blind: bool = True
+    limit: int | None = Field(default=None, gt=0)
+    batch_size: int = Field(default=16, gt=0)
+
+
 class Evaluate(Recipe):
     """Ask a VLM questions, with the images and without them.
 
@@ -223,7 +250,8 @@ class Evaluate(Recipe):
 class Vlm(Recipe):
     """A VLM from a vision tower: projector pretraining, fine-tuning, questions.
 
-    A plan expands it to a `Pretrain`, a `Finetune` and an `Evaluate`.
+    A plan expands it to a `Pretrain`, a `Finetune`, an `Evaluate` and, for each benchmark of a
+    suite, `Answers`.
 
     Attributes:
         vision: A role, a tower, or `distill.output`: the student of a recipe of the same sweep.
@@ -232,6 +260,7 @@ class Vlm(Recipe):
         pretrain: Fields of `Pretrain` that differ from the recipe's.
         finetune: Fields of `Finetune` that differ.
         questions: What the finished model is asked, None for nothing.
+        suite: Benchmarks that it is asked: a role (`paper16`), a suite, or None.
     """
 
     kind: ClassVar[str] = "vlm"
@@ -243,4 +272,5 @@ class Vlm(Recipe):
     pretrain: dict[str, Any] = Field(default_factory=dict)
     finetune: dict[str, Any] = Field(default_factory=dict)
     questions: str | QuestionsSpec | None = None
+    suite: str | SuiteSpec | None = None
     seed: int = 0

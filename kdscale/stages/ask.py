@@ -10,13 +10,13 @@ import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from transformers.utils import logging
 
 from kdscale.core.answers_config import Answers
-from kdscale.core.config import STAGE_WEIGHTS
+from kdscale.core.config import STAGE_WEIGHTS, Precision
 from kdscale.core.storage import Storage, check_lease
 from kdscale.core.types import DataError
 from kdscale.data.samples import decode
@@ -50,13 +50,11 @@ class Asker:
         if recipe.attention == "flash_attention_2":
             attention_for(recipe.attention, place, recipe.precision)
         logging.disable_progress_bar()  # its bar would cut through ours
-        with model_directory(recipe, Storage(job.storage_root)) as directory:
-            loaded, processor = load_vlm(
-                directory, dtype=DTYPES[recipe.precision], attention=recipe.attention
-            )
-        model: Any = loaded
+        model, processor = _loaded(
+            job.storage_root, recipe.model, recipe.precision, recipe.attention, str(place)
+        )
         self.generator = Generator(
-            model.to(place), processor, decode_any, batch_size=recipe.batch_size, threads=threads
+            model, processor, decode_any, batch_size=recipe.batch_size, threads=threads
         )
 
     def __call__(self, packed: bytes) -> dict[str, Any]:
@@ -79,6 +77,17 @@ class Asker:
         lengths = [len(answer.token_ids) for answer in answers]
         write_block(self.job.stage, block, [answer.text for answer in answers], lengths)
         return shard_row(block.number, len(answers), began, {"blocks": block.count})
+
+
+@lru_cache(maxsize=1)
+def _loaded(
+    root: str, model: str, precision: Precision, attention: str, device: str
+) -> tuple[Any, Any]:
+    """Loads a VLM once for all benchmarks that this process asks it in a row."""
+    with model_directory(model, Storage(root)) as directory:
+        loaded, processor = load_vlm(directory, dtype=DTYPES[precision], attention=attention)
+    whole: Any = loaded
+    return whole.to(device), processor
 
 
 def ask(
@@ -162,11 +171,11 @@ def read_questions(recipe: Answers) -> list[Question]:
 
 
 @contextmanager
-def model_directory(recipe: Answers, storage: Storage) -> Iterator[str]:
-    """Yields a local directory that holds a recipe's model."""
-    if not recipe.model.startswith(STAGE_WEIGHTS):
-        yield recipe.model
+def model_directory(model: str, storage: Storage) -> Iterator[str]:
+    """Yields a local directory that holds the `model` of a recipe."""
+    if not model.startswith(STAGE_WEIGHTS):
+        yield model
         return
-    kind, key = recipe.model.removeprefix(STAGE_WEIGHTS).split("/")
+    kind, key = model.removeprefix(STAGE_WEIGHTS).split("/")
     with storage.local_directory("stages", kind, key, "output", "model") as directory:
         yield directory

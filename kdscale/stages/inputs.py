@@ -7,14 +7,15 @@ import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import fsspec
 
 from kdscale.core.config import DataSpec, Embed, MiniWorld, Recipe
 from kdscale.core.keys import describe
 from kdscale.core.storage import Storage
-from kdscale.core.types import BadManifest, NoShards
-from kdscale.core.vlm_config import Features, VlmStage
+from kdscale.core.types import BadManifest, ConfigError, NoShards
+from kdscale.core.vlm_config import Features, SuiteSpec, VlmStage
 from kdscale.data.shards import (
     Content,
     Manifest,
@@ -26,6 +27,8 @@ from kdscale.data.shards import (
 
 QUESTIONS = "questions.parquet"
 WORLD_VERSION = 1
+SUITE_VERSION = 1
+WRITTEN = "written"
 _WORD: dict[Content, str] = {
     "captions": "",
     "labels": "labelled",
@@ -228,6 +231,33 @@ def questions_file(world: MiniWorld, storage: Storage, progress: Progress = lamb
             with open(path, "rb") as file:
                 storage.write(file.read(), *parts, QUESTIONS)
     return storage.url(*parts, QUESTIONS)
+
+
+def suite_directory(suite: SuiteSpec, storage: Storage) -> str | None:
+    """Returns the directory of a suite's files; a miniature one is drawn first, in seconds.
+
+    Args:
+        suite: The suite.
+        storage: Where drawn files are kept.
+
+    Returns:
+        A local directory; None where nobody has said where the files are.
+
+    Raises:
+        ConfigError: A miniature suite on a storage that is no local directory.
+    """
+    if suite.mini is None:
+        return suite.data
+    from kdscale.mini.benchmarks import write_benchmarks
+
+    name = f"{_world_key(suite.mini)}-{suite.num_items}-{SUITE_VERSION}"
+    directory = Path(storage.url("data", name))
+    if "://" in storage.url("data", name):
+        raise ConfigError(f"miniature benchmarks are drawn on a local storage, not {storage.root}")
+    if not (directory / WRITTEN).exists():
+        write_benchmarks(directory, suite.mini, suite.num_items)
+        (directory / WRITTEN).touch()
+    return str(directory)
 
 
 def _world_key(world: MiniWorld) -> str:

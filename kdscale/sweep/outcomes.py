@@ -21,11 +21,13 @@ from kdscale.analysis.stats import (
     paired_difference,
     wilson_interval,
 )
+from kdscale.core.answers_config import Answers
 from kdscale.core.config import Distill, ZeroShotSpec
 from kdscale.core.journal import Line, read_steps
 from kdscale.core.storage import StageStore, Storage
 from kdscale.core.types import DataError, StorageError
 from kdscale.core.vlm_config import Evaluate
+from kdscale.eval.answers import load_items
 from kdscale.sweep.plan import Stage
 
 LEVEL = 0.95
@@ -113,6 +115,7 @@ class Outcome:
         seconds: Wall time, as the record says.
         note: What is odd about it, in words; empty where nothing is.
         answers: One row a question, of an evaluated VLM.
+        items: What `kdscale.eval.score` takes, of answers to a benchmark.
     """
 
     stage: Stage
@@ -120,6 +123,7 @@ class Outcome:
     journal: list[Line]
     predictions: Predictions | None = None
     answers: list[dict[str, Any]] | None = None
+    items: list[dict[str, Any]] | None = None
     score: Score | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: float | None = None
@@ -227,12 +231,14 @@ def read_outcome(stage: Stage, storage: Storage) -> Outcome:
             predictions, note = None, f"no score: {error}"
     seconds = _json(store, "stage.json").get("seconds")
     answers = read_answers(store) if isinstance(stage.recipe, Evaluate) else None
+    items = load_items(store) if isinstance(stage.recipe, Answers) else None
     return Outcome(
         stage=stage,
         done=True,
         journal=journal,
         predictions=predictions,
         answers=answers,
+        items=items,
         score=score,
         metrics=_json(store, "output", "metrics.json"),
         seconds=None if seconds is None else float(seconds),

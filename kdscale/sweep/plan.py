@@ -226,6 +226,10 @@ class Planner:
         assert isinstance(resolved.student, TowerSpec)
         return resolved.student.replace(weights=f"{STAGE_WEIGHTS}distill/{key}")
 
+    def expect_data(self, name: str) -> None:
+        """Takes a path for a data set of this name, which no stage's `data` field names."""
+        self._names.add(name)
+
     def check_paths(self) -> None:
         """Raises UnknownName if a path was given for a data set that no stage reads."""
         for name in self.plan.scale.data_paths:

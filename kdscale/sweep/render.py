@@ -27,10 +27,19 @@ from kdscale.sweep.figures import (
     scores_figure,
     to_svg,
 )
-from kdscale.sweep.grids import Grid, Words, pivot_grid, teacher_grid, trial_grid, vlm_grid
+from kdscale.sweep.grids import (
+    Grid,
+    Words,
+    benchmark_grid,
+    pivot_grid,
+    teacher_grid,
+    trial_grid,
+    vlm_grid,
+)
 from kdscale.sweep.plan import Plan
 from kdscale.sweep.report import Report, Table
 from kdscale.sweep.sheet import sheet_figure
+from kdscale.sweep.vlm_outcomes import VlmRow
 
 MIN_NAME = 16
 OPTIONAL = ("CKA biased", "steps", "time")
@@ -71,8 +80,15 @@ def print_report(report: Report, console: Console) -> None:
         console.print(Text(report.verdict(table.sweep)))
         for row in report.vlms:
             if row.sweep == table.sweep:
-                _print_grid(vlm_grid(row), console)
+                for grid in _vlm_grids(row):
+                    _print_grid(grid, console)
     console.print(Text("\n".join(("", *HOW_TO_READ)), style="dim"))
+
+
+def _vlm_grids(row: VlmRow) -> list[Grid]:
+    """Returns a VLM's tables: its questions, unless it was asked benchmarks alone, and those."""
+    questions = [vlm_grid(row)] if row.scores or not row.benchmarks else []
+    return [*questions, *([benchmark_grid(row)] if row.benchmarks else [])]
 
 
 def _print_grid(grid: Grid, console: Console) -> None:
@@ -172,7 +188,8 @@ def _section(report: Report, table: Table, storage: Storage) -> str:
     rows = report.of(sweep)
     figures = [_html_figure(plot, sweep, partial(draw, report, sweep)) for plot, draw in PLOTS]
     figures.append(_html_figure(SHEET, sweep, partial(sheet_figure, report, sweep, storage)))
-    vlms = "".join(_html_grid(vlm_grid(row)) for row in report.vlms if row.sweep == sweep)
+    grids = [grid for row in report.vlms if row.sweep == sweep for grid in _vlm_grids(row)]
+    vlms = "".join(map(_html_grid, grids))
     return (
         f"<section><h2>{escape(sweep)}</h2><p>{escape(report.verdict(sweep))}</p>"
         f"{_html_grid(pivot_grid(table, rows))}{figures[0]}{_html_grid(trial_grid(rows))}"

@@ -23,16 +23,19 @@ import ray
 import ray.cloudpickle
 import ray.tune
 
+from kdscale.core.answers_config import Answers
 from kdscale.core.config import Distill, Embed, Execution
 from kdscale.core.storage import Lease, Storage
-from kdscale.core.types import ImpossibleResources, StageFailed, StageRefused
+from kdscale.core.types import ImpossibleResources, MissingBenchmark, StageFailed, StageRefused
 from kdscale.core.vlm_config import Evaluate, Features
 from kdscale.data.shards import Content, check_labels
 from kdscale.stages.inputs import content_of, find_source, questions_file
+from kdscale.stages.jobs import AnswersJob
 from kdscale.sweep.grid import Sweep
-from kdscale.sweep.orders import shard_job, training_job
+from kdscale.sweep.orders import record_of, shard_job, training_job
 from kdscale.sweep.outcomes import num_classes
 from kdscale.sweep.plan import Plan, PlannedTrial, Stage
+from kdscale.sweep.suite import NOT_AT_HAND
 
 WAIT_FOR_WRITER_S = 1.0
 START_ATTEMPTS = 3
@@ -293,13 +296,18 @@ def run_stages(path: Sequence[Stage], storage: Storage) -> None:
 
 def _run_in_turn(stages: Sequence[Stage], tokens: Sequence[str], storage: Storage) -> None:
     """Runs stages one after the other; neighbours that train share a group of workers."""
+    from kdscale.stages.ask import ask, read_questions
     from kdscale.stages.worker import embed, fit
 
     pairs = list(zip(stages, tokens, strict=True))
     for (by_shard, _), group in groupby(pairs, lambda pair: _team(pair[0])):
         if by_shard:
             for stage, token in group:
-                embed(shard_job(stage, token, storage))
+                if isinstance(stage.recipe, Answers):
+                    job = AnswersJob(stage.key, storage.root, stage.recipe, record_of(stage), token)
+                    ask(job, read_questions(stage.recipe))
+                else:
+                    embed(shard_job(stage, token, storage))
         else:
             fit([training_job(stage, token, storage) for stage, token in group])
 
@@ -307,7 +315,8 @@ def _run_in_turn(stages: Sequence[Stage], tokens: Sequence[str], storage: Storag
 def _team(stage: Stage) -> tuple[bool, str]:
     """Names the group of processes that a stage wants."""
     run = stage.recipe.run
-    return isinstance(stage.recipe, Embed | Features), "" if run is None else run.model_dump_json()
+    by_shard = isinstance(stage.recipe, Embed | Features | Answers)
+    return by_shard, "" if run is None else run.model_dump_json()
 
 
 def prepare(plan: Plan, progress: Any) -> None:
@@ -319,6 +328,13 @@ def prepare(plan: Plan, progress: Any) -> None:
     """
     for stage in plan.remaining():
         recipe: Any = stage.recipe
+        if isinstance(recipe, Answers):
+            if recipe.questions == NOT_AT_HAND:
+                raise MissingBenchmark(
+                    f"where are the files of benchmark {recipe.benchmark}? Say --data NAME=DIR, "
+                    "NAME being the suite's"
+                )
+            continue
         if isinstance(recipe, Evaluate):
             questions_file(recipe.questions.mini, plan.storage, progress)
             continue

@@ -20,6 +20,7 @@ from kdscale.core.vlm_config import (
 from kdscale.core.vlm_recipes import VLM_RECIPES
 from kdscale.stages.jobs import vlm_features
 from kdscale.sweep.check import check_vlm
+from kdscale.sweep.suite import add_suite, suite_of
 
 if TYPE_CHECKING:
     from kdscale.sweep.plan import Planner
@@ -57,6 +58,9 @@ def add_vlm(planner: Planner, recipe: Vlm, name: str, path: list[str]) -> None:
     if questions is not None:
         ask = Evaluate(model=f"{STAGE_WEIGHTS}finetune/{key}", questions=questions, run=second.run)
         planner.add_stage("evaluate", name, ask, path)
+    suite = suite_of(recipe.suite, scale)
+    if suite is not None:
+        add_suite(planner, suite, f"{STAGE_WEIGHTS}finetune/{key}", second.run, path)
 
 
 def _cached(planner: Planner, stage: VlmStage, path: list[str]) -> VlmStage:

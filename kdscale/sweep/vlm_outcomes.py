@@ -12,10 +12,12 @@ from typing import Any
 from kdscale.analysis.stats import Interval, bootstrap_interval, wilson_interval
 from kdscale.core.vlm_config import Vlm
 from kdscale.eval.matching import is_right
+from kdscale.sweep.benchmark_outcomes import BenchmarkRow, averages, benchmark_rows
 from kdscale.sweep.outcomes import DONE, LEVEL, NOT_FINISHED, Outcome, percent
 from kdscale.sweep.plan import PlannedTrial
 
 ALL = "all"
+OWN_STAGES = ("pretrain", "finetune", "evaluate", "answers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,8 @@ class VlmRow:
         key: Of its last stage.
         stage: The first unfinished stage, or the last.
         scores: By kind of question, all questions first; empty where unfinished.
+        benchmarks: One row for each of the suite.
+        average: Of all 16 benchmarks, None unless all were asked whole; without images likewise.
     """
 
     name: str
@@ -62,12 +66,19 @@ class VlmRow:
     stage: str
     chosen: dict[str, Any]
     scores: tuple[FamilyScore, ...] = ()
+    benchmarks: tuple[BenchmarkRow, ...] = ()
+    average: float | None = None
+    blind_average: float | None = None
     seconds: float | None = None
     note: str = ""
 
     def document(self) -> dict[str, Any]:
         """Returns the row as JSON."""
-        return asdict(self)
+        own = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return own | {
+            "scores": [asdict(score) for score in self.scores],
+            "benchmarks": [row.document() for row in self.benchmarks],
+        }
 
 
 def vlm_rows(trials: Sequence[PlannedTrial], outcomes: Mapping[str, Outcome]) -> tuple[VlmRow, ...]:
@@ -79,9 +90,11 @@ def _row(planned: PlannedTrial, outcomes: Mapping[str, Outcome]) -> VlmRow:
     """Reports one trial."""
     path = [outcomes[key] for key in planned.path]
     left = [outcome for outcome in path if not outcome.done]
-    own = [o for o in path if o.stage.kind in ("pretrain", "finetune", "evaluate")]
+    own = [o for o in path if o.stage.kind in OWN_STAGES]
     last = path[-1]
-    answers = last.answers if last.done else None
+    answers = next((o.answers for o in path if o.answers is not None), None)
+    benchmarks = benchmark_rows(path)
+    seeing, blind = averages(benchmarks)
     return VlmRow(
         name=planned.trial.name,
         sweep=planned.sweep,
@@ -90,8 +103,11 @@ def _row(planned: PlannedTrial, outcomes: Mapping[str, Outcome]) -> VlmRow:
         stage=(left[0] if left else last).stage.kind,
         chosen=dict(planned.trial.chosen),
         scores=family_scores(answers) if answers else (),
+        benchmarks=benchmarks,
+        average=seeing,
+        blind_average=blind,
         seconds=None if left else sum(outcome.seconds or 0.0 for outcome in own),
-        note="" if answers or left else "was asked no questions",
+        note="" if answers or benchmarks or left else "was asked no questions",
     )
 
 

@@ -1,0 +1,115 @@
+"""The benchmarks of a VLM in a plan: one stage of answers for each, seeing and blind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kdscale.core.answers_config import Answers, answers_key
+from kdscale.core.config import Execution
+from kdscale.core.scale import Scale, lookup
+from kdscale.core.storage import StageStore, Storage
+from kdscale.core.vlm_config import SuiteSpec
+from kdscale.eval.benchmarks import BENCHMARKS, find_benchmark
+from kdscale.stages.inputs import fingerprint, suite_directory
+
+if TYPE_CHECKING:
+    from kdscale.sweep.plan import Planner
+
+NOT_AT_HAND = ""  # in place of a digest of questions
+
+
+def suite_of(value: str | SuiteSpec | None, scale: Scale) -> SuiteSpec | None:
+    """Returns what a recipe's suite stands for, with the place of its files filled in."""
+    suite: SuiteSpec | None = lookup("suite", value, scale.suites)
+    if suite is None or suite.mini is not None:
+        return suite
+    return suite.replace(data=scale.data_paths.get(suite.name, suite.data))
+
+
+def add_suite(
+    planner: Planner, suite: SuiteSpec, model: str, run: Execution | None, path: list[str]
+) -> None:
+    """Adds a stage of answers for every benchmark of a suite.
+
+    Args:
+        planner: Receives the stages.
+        suite: As of `suite_of`.
+        model: `stage:finetune/<key>` of the VLM, which is the only input of each.
+        run: How they are run.
+        path: The trial's; their keys are appended.
+
+    Raises:
+        UnknownName: A benchmark is not known.
+        MissingBenchmark, BadBenchmark: Its files are not there, or malformed.
+    """
+    storage = planner.plan.storage
+    planner.expect_data(suite.name)
+    directory = suite_directory(suite, storage)
+    if directory is None:
+        note = f"benchmarks of {suite.name}: say --data {suite.name}=DIR"
+        planner.plan.missing.append(note)
+    for name in suite.benchmarks or tuple(BENCHMARKS):
+        digest, count = (NOT_AT_HAND, None)
+        if directory is not None:
+            digest, count = questions_of(name, directory, suite, storage)
+        for blind in (False, True) if suite.blind else (False,):
+            recipe = Answers(
+                model=model,
+                benchmark=find_benchmark(name).name,
+                questions=digest,
+                data=directory,
+                mode=suite.mode,
+                blind=blind,
+                limit=suite.limit,
+                batch_size=suite.batch_size,
+                run=run,
+            )
+            label = f"{name}, blind" if blind else name
+            _add_answers(planner, recipe, label, count)
+            path.append(answers_key(recipe))
+
+
+def _add_answers(planner: Planner, recipe: Answers, name: str, count: int | None) -> None:
+    """Adds the answers to a benchmark; they need the VLM alone, not the other benchmarks."""
+    from kdscale.sweep.plan import Stage
+
+    key, kind = answers_key(recipe), Answers.kind
+    if key in planner.plan.stages:
+        return
+    planner.plan.stages[key] = Stage(
+        kind=kind,
+        key=key,
+        name=name,
+        recipe=recipe,
+        inputs=(recipe.model.rpartition("/")[2],),
+        num_samples=count,
+        total_steps=1,
+        flops=0.0,
+        bytes_out=0.0,
+        reused=StageStore(planner.plan.storage, kind, key).is_done(),
+        estimated=count is None,
+    )
+
+
+def questions_of(
+    name: str, directory: str, suite: SuiteSpec, storage: Storage
+) -> tuple[str, int | None]:
+    """Returns the digest of a benchmark's questions and their number.
+
+    Files that have not changed since are not read again.
+    """
+    folder = Path(directory, name)
+    files = sorted(str(file) for file in folder.rglob("*") if file.is_file())
+    asked = f"{name}-{suite.mode}-{suite.limit}-{fingerprint(files)}"
+    parts = ("data", f"questions-{asked}.json")
+    if files and storage.exists(*parts):
+        known = storage.read_json(*parts)
+        return known["digest"], known["count"]
+    from kdscale.eval.answers import questions_digest
+    from kdscale.eval.sources import questions
+
+    found = questions(name, directory, suite.limit, suite.mode)
+    digest = questions_digest(found)
+    storage.write_json({"digest": digest, "count": len(found)}, *parts)
+    return digest, len(found)
