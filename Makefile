@@ -2,6 +2,8 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 STORAGE ?= runs
+# Ray's workers are as important as the tests beside them; each process has one thread's share.
+PYTEST := OMP_NUM_THREADS=1 RAY_worker_niceness=0 $(BIN)/python -m pytest
 export RAY_TRAIN_V2_ENABLED := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 .DEFAULT_GOAL := help
@@ -25,11 +27,15 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 quickstart: setup ## a miniature distillation study, from drawn shards to a report
 	@$(BIN)/python sweeps/quickstart.py --storage $(STORAGE)
 
-test: setup ## the whole test suite but the slow part
-	@$(BIN)/python -m pytest -m "not slow and not gpu"
+test: setup ## the whole test suite but the slow part; tests that start Ray run beside the others
+	@log=$$(mktemp); trap 'kill $$ray 2>/dev/null; rm -f $$log' EXIT INT TERM; \
+	$(PYTEST) -m "ray and not slow and not gpu" > $$log 2>&1 & ray=$$!; \
+	$(PYTEST) -m "not ray and not slow and not gpu"; status=$$?; \
+	echo "==> waiting for the tests that start Ray"; \
+	wait $$ray || status=$$?; cat $$log; exit $$status
 
 test-fast: setup ## unmarked tests only
-	@$(BIN)/python -m pytest -m "not slow and not gpu and not ray and not parity"
+	@$(PYTEST) -m "not slow and not gpu and not ray and not parity"
 
 lint: setup ## ruff: rules and format
 	@$(BIN)/ruff check .

@@ -28,6 +28,7 @@ from kdscale.core.types import (
     CacheMissing,
     ConfigError,
     DataError,
+    OrderBroken,
     ShardChanged,
 )
 from kdscale.data.blocks import Reading, read_segment
@@ -244,7 +245,7 @@ def test_impossible_streams_are_refused(manifest: Manifest, shards: str):
 
 def test_blocks_of_others_or_too_few_are_refused(manifest: Manifest):
     config = config_of(manifest, num_workers=2, start_step=1)
-    with pytest.raises(DataError, match="micro-batch 0 of worker 0 in step 1 should be rows 12"):
+    with pytest.raises(OrderBroken, match="micro-batch 0 of worker 0 in step 1 should be rows 12"):
         list(InstructStream(Dealt(config, 1), config, 0))
     short = config_of(manifest, epochs=1)
     stream = InstructStream(Dealt(short, 0), config_of(manifest), 0)

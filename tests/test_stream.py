@@ -14,7 +14,7 @@ from conftest import pair
 
 import kdscale.data.stream as stream_module
 from kdscale.core.config import DataSpec
-from kdscale.core.types import ConfigError, DataError, ShardChanged
+from kdscale.core.types import ConfigError, DataError, OrderBroken, ShardChanged
 from kdscale.data.samples import Batch, Crop, render, view_of
 from kdscale.data.shards import build_manifest, read_tar
 from kdscale.data.sidecars import CacheRef, encode_sidecar
@@ -216,7 +216,7 @@ def test_blocks_are_arrow_and_of_equal_size(ray_cluster: Any, config: StreamConf
 
 
 def test_a_stream_of_other_rows_is_refused(config: StreamConfig):
-    with pytest.raises(DataError, match="order contract broken: step 2 of worker 1"):
+    with pytest.raises(OrderBroken, match="order contract broken: step 2 of worker 1"):
         list(
             TrainStream(
                 Fake([16, 17, 18, 19]), replace(config, num_workers=2, start_step=2, own_steps=0), 1

@@ -14,7 +14,7 @@ import fsspec
 from kdscale.core.config import DataSpec, Embed, MiniWorld, Recipe
 from kdscale.core.keys import describe
 from kdscale.core.storage import Storage
-from kdscale.core.types import BadManifest, ConfigError, NoShards
+from kdscale.core.types import BadManifest, ConfigError, NoShards, StorageError
 from kdscale.core.vlm_config import Features, SuiteSpec, VlmStage
 from kdscale.data.shards import (
     Content,
@@ -245,6 +245,7 @@ def suite_directory(suite: SuiteSpec, storage: Storage) -> str | None:
 
     Raises:
         ConfigError: A miniature suite on a storage that is no local directory.
+        StorageError: It cannot be drawn there.
     """
     if suite.mini is None:
         return suite.data
@@ -255,8 +256,11 @@ def suite_directory(suite: SuiteSpec, storage: Storage) -> str | None:
     if "://" in storage.url("data", name):
         raise ConfigError(f"miniature benchmarks are drawn on a local storage, not {storage.root}")
     if not (directory / WRITTEN).exists():
-        write_benchmarks(directory, suite.mini, suite.num_items)
-        (directory / WRITTEN).touch()
+        try:
+            write_benchmarks(directory, suite.mini, suite.num_items)
+            (directory / WRITTEN).touch()
+        except OSError as error:
+            raise StorageError(f"cannot draw benchmarks into {directory}: {error}") from error
     return str(directory)
 
 
