@@ -305,7 +305,7 @@ MINI_QUESTIONS: dict[str, QuestionsSpec] = {
     ),
 }
 MINI_SUITES: dict[str, SuiteSpec] = {
-    "paper16": SuiteSpec(name="paper16 in miniature", mini=_ASKED, batch_size=32)
+    "paper16": SuiteSpec(name="paper16 in miniature", mini=_ASKED, num_items=192, batch_size=32)
 }
 _VLM_SIZES: dict[str, Any] = {
     "precision": "fp32",

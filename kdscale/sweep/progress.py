@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
+from kdscale.core.answers_config import Answers
 from kdscale.core.config import Distill
 from kdscale.core.journal import JournalReader, Line, read_steps
 from kdscale.core.storage import Lease, Storage
@@ -150,14 +152,29 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print(teacher_table(plan))
     tree = Tree(f"[bold]{len(plan.trials)} trials, {len(plan.stages)} distinct stages[/]")
     branches = {"": tree}
+    answers: dict[str, list[Stage]] = {}
     for stage in plan.stages.values():
+        if isinstance(stage.recipe, Answers):
+            answers.setdefault(stage.inputs[-1], []).append(stage)
+            continue
         parent = branches[stage.inputs[-1] if stage.inputs else ""]
         branches[stage.key] = parent.add(_stage_label(plan, stage))
+    for key, stages in answers.items():
+        branches[key].add(_answers_label(stages))
     console.print(tree)
     console.print(_cost_line(plan.document()["cost"]))
     _print_savings(plan, console)
     for text in sorted(set(plan.missing)):
         console.print(f"[yellow]missing:[/] {text}")
+
+
+def _answers_label(stages: Sequence[Stage]) -> str:
+    """Describes the answers of one VLM to its benchmarks in a line; each is a stage."""
+    names = list(dict.fromkeys(s.recipe.benchmark for s in stages if isinstance(s.recipe, Answers)))
+    left = sum(not stage.reused for stage in stages)
+    asked = sum(stage.num_samples or 0 for stage in stages)
+    count = f"{asked:,} questions, " if asked else ""
+    return f"answers to {', '.join(names)}: {count}{len(stages)} stages, {left} to run"
 
 
 def _cost_line(cost: dict[str, Any]) -> str:
