@@ -41,10 +41,13 @@ class VlmSizes(Spec):
     Attributes:
         fields: Recipe fields set whatever the recipe says.
         lr_factor: Multiplies its learning rates.
+        lora_lr_factor: The same for the rate of LoRA adapters, which is ten times a whole model's
+            at the paper's size.
     """
 
     fields: dict[str, Any] = Field(default_factory=dict)
     lr_factor: float = Field(default=1.0, gt=0)
+    lora_lr_factor: float = Field(default=1.0, gt=0)
 
 
 class Scale(Spec):
@@ -199,10 +202,11 @@ def resolve_vlm(stage: VlmStage, scale: Scale, overrides: Mapping[str, Any]) -> 
     sizes = scale.vlm_sizes.get(stage.kind, VlmSizes())
     run = stage.run or scale.vlm_run or scale.run
     projector_lr = stage.projector_lr and stage.projector_lr * sizes.lr_factor
+    factor = sizes.lr_factor if stage.lora is None else sizes.lora_lr_factor
     changes: dict[str, Any] = {
         "data": with_path(lookup("data set", stage.data, scale.data), scale),
         "precision": stage.precision or scale.precision,
-        "lr": stage.lr * sizes.lr_factor,
+        "lr": stage.lr * factor,
         "projector_lr": projector_lr,
         "run": run,
     }
