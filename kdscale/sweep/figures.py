@@ -280,6 +280,8 @@ def _panels(
 ) -> Figure | None:
     """Draws one panel a column; None where nothing was drawn in any."""
     names = list(look.panels if panels is None else panels)
+    if not names:
+        return None
     num_columns = 2 if len(names) == 4 else min(3, len(names))
     num_rows = math.ceil(len(names) / num_columns)
     figure = _figure(2.5 * num_rows + 0.8)
