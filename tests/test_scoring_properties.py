@@ -157,6 +157,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("ocrbench", {"question_type": "formula"}, "question_type"),
     ("mmmu", {"gold": "['', '3']"}, "empty"),
     ("textvqa", {"gold": ["stop"] * 9}, "9 golds"),
+    ("textvqa", {"gold": [" "] * 10}, "empty"),
     ("mmmu", {"question_type": "multi_choice"}, "question_type"),
     ("mathvista", {"question_type": "multiple-choice"}, "question_type"),
     ("mathvista", {"question_type": ""}, "question_type"),

@@ -232,6 +232,15 @@ def score(benchmark: str, items: Iterable[Mapping[str, Any]], mode: Mode = "pape
     )
 
 
+def check_items(benchmark: str, items: Iterable[Mapping[str, Any]], mode: Mode = "paper") -> None:
+    """Refuses items that `score` would refuse, for use before a model has answered any.
+
+    Raises:
+        BadItem: As `score`, which also refuses groups that are too large.
+    """
+    read_items(benchmark, _BENCHMARKS[benchmark].layout, items, mode)
+
+
 def average(values: Mapping[str, float | Score]) -> float:
     """Computes the mean over the 16 benchmarks, of which MME-P enters as a twentieth.
 

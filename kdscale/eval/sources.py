@@ -19,6 +19,7 @@ from kdscale.eval.benchmarks import Benchmark, find_benchmark
 from kdscale.eval.prompts import Mode
 from kdscale.eval.questions import Question
 from kdscale.eval.rows import Asked, BadRow, Row
+from kdscale.eval.scores import check_items
 
 ROWS_AT_ONCE = 32
 MAX_PROBLEMS_SHOWN = 10
@@ -51,6 +52,8 @@ def questions(
         ConfigError: The limit is below 1.
         MissingBenchmark: The files are not there, or the hub cannot be reached.
         BadBenchmark: Files or rows are malformed; all of them are named.
+        BadItem: A row's gold or kind is none that `kdscale.eval.score` knows; better known now
+            than after all have been answered.
     """
     spec = find_benchmark(benchmark)
     if mode not in get_args(Mode):
@@ -64,7 +67,9 @@ def questions(
         raise BadBenchmark(_report(spec, problems))
     if not found:
         raise BadBenchmark(f"{spec.name}: no question in {root}")
-    return _first(found, limit) if is_grouped and limit is not None else found
+    chosen = _first(found, limit) if is_grouped and limit is not None else found
+    check_items(spec.name, (question.item("") for question in chosen), mode)
+    return chosen
 
 
 def _read(

@@ -9,9 +9,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from kdscale.analysis.stats import Interval, wilson_interval
 from kdscale.core.answers_config import Answers
+from kdscale.core.config import Mode
+from kdscale.core.types import DataError
 from kdscale.eval import Score, average, score
 from kdscale.eval.benchmarks import BENCHMARKS
+from kdscale.eval.scores import MME_MAXIMUM
 from kdscale.sweep.outcomes import Outcome
 
 
@@ -21,8 +25,9 @@ class BenchmarkRow:
 
     Attributes:
         score: None where it is not finished.
-        blind: The same model without the images, None where it was not asked.
+        blind: The same model without the images, None where it was not asked or is not finished.
         limited: Only the first questions were asked.
+        note: Why finished answers have no score, empty where they have.
     """
 
     benchmark: str
@@ -30,53 +35,87 @@ class BenchmarkRow:
     score: Score | None
     blind: Score | None
     limited: bool
+    note: str = ""
+
+    @property
+    def is_compared(self) -> bool:
+        """Whether there are scores with and without the images."""
+        return self.score is not None and self.blind is not None
 
     @property
     def sees(self) -> bool:
         """Whether the model beats its blind self and chance, intervals apart."""
         if self.score is None or self.blind is None:
             return False
-        return self.score.interval[0] > max(self.blind.interval[1], self.score.chance)
+        light, dark = (
+            interval_of(self.benchmark, self.score),
+            interval_of(self.benchmark, self.blind),
+        )
+        return light.low > max(dark.high, self.score.chance)
 
     def document(self) -> dict[str, Any]:
         """Returns the row as JSON, without the scores of items."""
         parts = {"score": self.score, "blind": self.blind}
-        small = {name: part and _without_items(part) for name, part in parts.items()}
+        small = {name: part and self._without_items(part) for name, part in parts.items()}
         named = {"benchmark": self.benchmark, "mode": self.mode, "limited": self.limited}
-        return named | small | {"sees": self.sees}
+        return named | small | {"sees": self.sees, "note": self.note}
+
+    def _without_items(self, found: Score) -> dict[str, Any]:
+        """Returns a score's fields but those of its items, with the interval that is printed."""
+        fields = {name: value for name, value in asdict(found).items() if name != "item_scores"}
+        interval = interval_of(self.benchmark, found)
+        return fields | {"interval": (interval.low, interval.high)}
 
 
-def _without_items(found: Score) -> dict[str, Any]:
-    """Returns a score's fields but those of its items."""
-    return {name: value for name, value in asdict(found).items() if name != "item_scores"}
+def interval_of(benchmark: str, found: Score) -> Interval:
+    """Returns a score's interval; Wilson's over its clusters where resampling finds no spread.
+
+    All right, all wrong or one cluster alone would otherwise claim certainty.
+    """
+    if found.interval[0] < found.interval[1]:
+        return Interval(*found.interval)
+    maximum = MME_MAXIMUM if benchmark == "mme_p" else 100.0
+    right = round(found.num_groups * found.value / maximum)
+    wide = wilson_interval(right, found.num_groups)
+    return Interval(min(found.value, maximum * wide.low), max(found.value, maximum * wide.high))
 
 
-def benchmark_rows(path: Sequence[Outcome]) -> tuple[BenchmarkRow, ...]:
-    """Scores the benchmarks among the outcomes of a trial, in the order of its path."""
+def benchmark_rows(path: Sequence[Outcome], mode: Mode) -> tuple[BenchmarkRow, ...]:
+    """Scores the benchmarks among the outcomes of a trial, in the order of its path.
+
+    Args:
+        path: The outcomes.
+        mode: The trial's; its answers may be shared with one of another mode.
+    """
     found: dict[str, dict[bool, Outcome]] = {}
     for outcome in path:
         if isinstance(outcome.stage.recipe, Answers):
             recipe = outcome.stage.recipe
             found.setdefault(recipe.benchmark, {})[recipe.blind] = outcome
-    return tuple(_row(name, asked) for name, asked in found.items())
+    return tuple(_row(name, asked, mode) for name, asked in found.items())
 
 
-def _row(benchmark: str, asked: dict[bool, Outcome]) -> BenchmarkRow:
+def _row(benchmark: str, asked: dict[bool, Outcome], mode: Mode) -> BenchmarkRow:
     """Scores one benchmark."""
     recipe = next(iter(asked.values())).stage.recipe
     assert isinstance(recipe, Answers)
-    seeing, blind = (
-        score(benchmark, found.items, recipe.mode)
-        if (found := asked.get(key)) is not None and found.items is not None
-        else None
-        for key in (False, True)
-    )
+    scores: dict[bool, Score] = {}
+    notes: list[str] = []
+    for blind, found in asked.items():
+        if found.items is None:
+            notes += [found.note] if found.done else []
+            continue
+        try:
+            scores[blind] = score(benchmark, found.items, mode)
+        except DataError as error:
+            notes.append(str(error))
     return BenchmarkRow(
         benchmark=benchmark,
-        mode=recipe.mode,
-        score=seeing,
-        blind=blind,
+        mode=mode,
+        score=scores.get(False),
+        blind=scores.get(True),
         limited=recipe.limit is not None,
+        note="; ".join(dict.fromkeys(notes)),
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kdscale.analysis.stats import Interval
-from kdscale.sweep.benchmark_outcomes import BenchmarkRow
+from kdscale.sweep.benchmark_outcomes import BenchmarkRow, interval_of
 from kdscale.sweep.outcomes import DONE, NOT_FINISHED, Row, TeacherRow, TrialRow
 from kdscale.sweep.report import Cell, Table
 from kdscale.sweep.vlm_outcomes import VlmRow
@@ -120,12 +120,14 @@ def benchmark_grid(row: VlmRow) -> Grid:
     """Returns the table of one VLM's benchmarks."""
     columns = ("benchmark", "score", "without image", "chance", "n", "same answer %", "unread %")
     rows = [[Words(found.benchmark), *_benchmark(found)] for found in row.benchmarks]
-    notes = [f"clear of blind and chance: {sum(b.sees for b in row.benchmarks)} of {len(rows)}"]
+    compared = [found.sees for found in row.benchmarks if found.is_compared]
+    notes = [f"clear of blind and chance: {sum(compared)} of {len(compared)}"] if compared else []
     if row.average is not None:
         blind = "" if row.blind_average is None else f", without images {row.blind_average:.2f}"
         notes.append(f"average of the 16, MME-P / 20: {row.average:.2f}{blind}")
     limited = [found.benchmark for found in row.benchmarks if found.limited]
     notes += [f"first questions only: {', '.join(limited)}"] if limited else []
+    notes += [f"{found.benchmark}: {found.note}" for found in row.benchmarks if found.note]
     mode = row.benchmarks[0].mode
     return Grid(f"Benchmarks of {row.name}, scored by {mode} rules", columns, rows, notes)
 
@@ -134,10 +136,15 @@ def _benchmark(found: BenchmarkRow) -> list[Words]:
     """Returns the cells of a benchmark's scores."""
     seen, blind = found.score, found.blind
     if seen is None:
-        return [Words(NOT_FINISHED, "muted"), *([Words(NONE, "muted")] * 5)]
+        state = "no score" if found.note else NOT_FINISHED
+        return [Words(state, "muted"), *([Words(NONE, "muted")] * 5)]
     constant = f"{100 * seen.constant_share:.0f}{'!' if seen.constant_share > 0.95 else ''}"
-    light = f"{seen.value:.1f} {_interval(Interval(*seen.interval))}"
-    dark = NONE if blind is None else f"{blind.value:.1f} {_interval(Interval(*blind.interval))}"
+    light, dark = (
+        NONE
+        if part is None
+        else f"{part.value:.1f} {_interval(interval_of(found.benchmark, part))}"
+        for part in (seen, blind)
+    )
     return [
         Words(light, "better" if found.sees else ""),
         Words(dark),

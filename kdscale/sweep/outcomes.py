@@ -25,7 +25,7 @@ from kdscale.core.answers_config import Answers
 from kdscale.core.config import Distill, ZeroShotSpec
 from kdscale.core.journal import Line, read_steps
 from kdscale.core.storage import StageStore, Storage
-from kdscale.core.types import DataError, StorageError
+from kdscale.core.types import DataError, StorageError, UnfinishedStage
 from kdscale.core.vlm_config import Evaluate
 from kdscale.eval.answers import load_items
 from kdscale.sweep.plan import Stage
@@ -231,7 +231,12 @@ def read_outcome(stage: Stage, storage: Storage) -> Outcome:
             predictions, note = None, f"no score: {error}"
     seconds = _json(store, "stage.json").get("seconds")
     answers = read_answers(store) if isinstance(stage.recipe, Evaluate) else None
-    items = load_items(store) if isinstance(stage.recipe, Answers) else None
+    items = None
+    if isinstance(stage.recipe, Answers):
+        try:
+            items, note = load_items(store), ""
+        except (UnfinishedStage, DataError, StorageError) as error:
+            note = str(error)
     return Outcome(
         stage=stage,
         done=True,

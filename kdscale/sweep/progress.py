@@ -241,7 +241,11 @@ def teacher_table(plan: Plan) -> Table:
 def _stage_label(plan: Plan, stage: Stage) -> str:
     """Describes a stage in one line."""
     unit = "shards" if stage.kind in ("embed", "features") else "steps"
-    steps = f"{'about ' if stage.estimated else ''}{stage.total_steps or 'unknown'} {unit}"
+    count = stage.total_steps
+    if stage.kind in ("evaluate", "answers"):
+        unit, count = "questions", stage.num_samples
+    about = "about " if stage.estimated and count else ""
+    steps = f"{about}{count or 'unknown'} {unit}"
     state = "[green]finished[/]" if stage.reused else steps
     shared = plan.shared_by(stage.key)
     note = f", shared by {shared} trials" if shared > 1 else ""

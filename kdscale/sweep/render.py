@@ -54,6 +54,11 @@ HOW_TO_READ = (
     "number of comparisons.",
     "CKA is linear, between the student's and the teacher's mean patch features of the "
     "benchmark's images. The biased estimate is too high where images are few.",
+    "Benchmarks of VLMs are in per cent, MME-P is a sum of ten category scores up to 2000; chance "
+    "is a uniform guess over the options. Their intervals draw pairs, rotations or images as "
+    "wholes, or are Wilson's where all come out alike. A score is marked where its interval lies "
+    "above chance and above that of the answers without images. ! is one answer to more than 95 % "
+    "of the questions.",
 )
 
 

@@ -198,7 +198,7 @@ def build_report(plan: Plan, sweeps: Sequence[Sweep], *, command: str | None = N
         trials=tuple(trials),
         teachers=tuple(_teacher_rows(distilled, outcomes)),
         tables=tuple(tables),
-        vlms=vlm_rows(chosen, outcomes),
+        vlms=vlm_rows(chosen, outcomes, plan.scale),
         warnings=tuple(warnings),
         outcomes=outcomes,
     )

@@ -232,7 +232,7 @@ def waiting_trials(plan: Plan) -> list[PlannedTrial]:
 
     Two trials with one unfinished teacher would otherwise run side by side, the second waiting.
     """
-    waiting = [trial for trial in plan.trials if not plan.stages[trial.key].reused]
+    waiting = [trial for trial in plan.trials if not _is_finished(trial, plan)]
     seen: dict[str, int] = {}
 
     def rank(trial: PlannedTrial) -> int:
@@ -241,6 +241,15 @@ def waiting_trials(plan: Plan) -> list[PlannedTrial]:
         return seen[first]
 
     return sorted(waiting, key=rank)
+
+
+def _is_finished(trial: PlannedTrial, plan: Plan) -> bool:
+    """Tells whether a trial has its outcomes: the last stage, all questions and benchmarks.
+
+    The stages that those came from may have been removed since.
+    """
+    path = [plan.stages[key] for key in trial.path]
+    return all(s.reused for s in path if s is path[-1] or isinstance(s.recipe, Answers | Evaluate))
 
 
 def _failures(trials: Sequence[PlannedTrial], results: Any) -> list[TrialFailure]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import kdscale.eval
 from kdscale.core.answers_config import Answers, answers_key
 from kdscale.core.config import Execution
 from kdscale.core.scale import Scale, lookup
@@ -17,14 +20,19 @@ if TYPE_CHECKING:
     from kdscale.sweep.plan import Planner
 
 NOT_AT_HAND = ""  # in place of a digest of questions
+READERS = ("answers.py", "benchmarks.py", "prompts.py", "questions.py", "rows.py", "sources.py")
 
 
 def suite_of(value: str | SuiteSpec | None, scale: Scale) -> SuiteSpec | None:
-    """Returns what a recipe's suite stands for, with the place of its files filled in."""
+    """Returns what a recipe's suite stands for, with the place of its files filled in.
+
+    The place is absolute: Ray's processes work in directories of their own.
+    """
     suite: SuiteSpec | None = lookup("suite", value, scale.suites)
     if suite is None or suite.mini is not None:
         return suite
-    return suite.replace(data=scale.data_paths.get(suite.name, suite.data))
+    data = scale.data_paths.get(suite.name, suite.data)
+    return suite.replace(data=data and str(Path(data).expanduser().absolute()))
 
 
 def add_suite(
@@ -48,7 +56,8 @@ def add_suite(
     directory = suite_directory(suite, storage)
     if directory is None:
         note = f"benchmarks of {suite.name}: say --data {suite.name}=DIR"
-        planner.plan.missing.append(note)
+        if note not in planner.plan.missing:
+            planner.plan.missing.append(note)
     for name in suite.benchmarks or tuple(BENCHMARKS):
         digest, count = (NOT_AT_HAND, None)
         if directory is not None:
@@ -97,11 +106,11 @@ def questions_of(
 ) -> tuple[str, int | None]:
     """Returns the digest of a benchmark's questions and their number.
 
-    Files that have not changed since are not read again.
+    Files that have not changed since are not read again, unless the code that reads them has.
     """
     folder = Path(directory, name)
     files = sorted(str(file) for file in folder.rglob("*") if file.is_file())
-    asked = f"{name}-{suite.mode}-{suite.limit}-{fingerprint(files)}"
+    asked = f"{name}-{suite.mode}-{suite.limit}-{_reader()}-{fingerprint(files)}"
     parts = ("data", f"questions-{asked}.json")
     if files and storage.exists(*parts):
         known = storage.read_json(*parts)
@@ -113,3 +122,12 @@ def questions_of(
     digest = questions_digest(found)
     storage.write_json({"digest": digest, "count": len(found)}, *parts)
     return digest, len(found)
+
+
+@lru_cache(maxsize=1)
+def _reader() -> str:
+    """Names the code that turns files into questions by its contents."""
+    digest = hashlib.blake2b(digest_size=4)
+    for module in READERS:
+        digest.update(Path(kdscale.eval.__path__[0], module).read_bytes())
+    return digest.hexdigest()

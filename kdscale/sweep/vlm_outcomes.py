@@ -10,11 +10,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kdscale.analysis.stats import Interval, bootstrap_interval, wilson_interval
-from kdscale.core.vlm_config import Vlm
+from kdscale.core.scale import Scale
+from kdscale.core.vlm_config import SuiteSpec, Vlm
 from kdscale.eval.matching import is_right
 from kdscale.sweep.benchmark_outcomes import BenchmarkRow, averages, benchmark_rows
 from kdscale.sweep.outcomes import DONE, LEVEL, NOT_FINISHED, Outcome, percent
 from kdscale.sweep.plan import PlannedTrial
+from kdscale.sweep.suite import suite_of
 
 ALL = "all"
 OWN_STAGES = ("pretrain", "finetune", "evaluate", "answers")
@@ -81,19 +83,25 @@ class VlmRow:
         }
 
 
-def vlm_rows(trials: Sequence[PlannedTrial], outcomes: Mapping[str, Outcome]) -> tuple[VlmRow, ...]:
-    """Reports the VLM trials among the given ones."""
-    return tuple(_row(trial, outcomes) for trial in trials if isinstance(trial.trial.recipe, Vlm))
+def vlm_rows(
+    trials: Sequence[PlannedTrial], outcomes: Mapping[str, Outcome], scale: Scale
+) -> tuple[VlmRow, ...]:
+    """Reports the VLM trials among the given ones, whose suites the scale knows."""
+    return tuple(
+        _row(trial, outcomes, suite_of(trial.trial.recipe.suite, scale))
+        for trial in trials
+        if isinstance(trial.trial.recipe, Vlm)
+    )
 
 
-def _row(planned: PlannedTrial, outcomes: Mapping[str, Outcome]) -> VlmRow:
+def _row(planned: PlannedTrial, outcomes: Mapping[str, Outcome], suite: SuiteSpec | None) -> VlmRow:
     """Reports one trial."""
     path = [outcomes[key] for key in planned.path]
     left = [outcome for outcome in path if not outcome.done]
     own = [o for o in path if o.stage.kind in OWN_STAGES]
     last = path[-1]
     answers = next((o.answers for o in path if o.answers is not None), None)
-    benchmarks = benchmark_rows(path)
+    benchmarks = benchmark_rows(path, suite.mode) if suite else ()
     seeing, blind = averages(benchmarks)
     return VlmRow(
         name=planned.trial.name,
