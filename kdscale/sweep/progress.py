@@ -173,8 +173,8 @@ def _answers_label(stages: Sequence[Stage]) -> str:
     names = list(dict.fromkeys(s.recipe.benchmark for s in stages if isinstance(s.recipe, Answers)))
     left = sum(not stage.reused for stage in stages)
     asked = sum(stage.num_samples or 0 for stage in stages)
-    count = f"{asked:,} questions, " if asked else ""
-    return f"answers to {', '.join(names)}: {count}{len(stages)} stages, {left} to run"
+    count = f"{asked:,}" if asked else "unknown"
+    return f"answers to {', '.join(names)}: {count} questions, {len(stages)} stages, {left} to run"
 
 
 def _cost_line(cost: dict[str, Any]) -> str:
