@@ -6,13 +6,18 @@ import io
 import json
 import os
 import platform
+import subprocess
 import tarfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import simplejpeg
+
+if TYPE_CHECKING:
+    import torch
 
 WORDS = (Path(__file__).parent / "words.txt").read_text().split()
 
@@ -78,6 +83,25 @@ def machine() -> str:
             name = line.partition(":")[2].strip()
             break
     return f"{os.cpu_count()} x {name}"
+
+
+def gpu_name(device: torch.device) -> str:
+    """Names a GPU with its driver, as the end of a title; nothing for a CPU."""
+    import torch
+
+    if device.type != "cuda":
+        return ""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    return f", {torch.cuda.get_device_name(device)}, driver {driver}, torch {torch.__version__}"
+
+
+def settle(device: torch.device) -> None:
+    """Waits until a device has done what it was told, so that a clock can be read."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -5,6 +5,7 @@ operations, (3 S + T) / 3 S with S and T the forward work of student and teacher
 in turn, in one process, on the same batch.
 
     python benchmarks/cached_step.py [--teachers clip_b16 clip_l14] [--batch 32] [--steps 3]
+        [--device cuda] [--precision bf16]
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _common import table
+from _common import gpu_name, settle, table
 from torch.nn.functional import normalize
 
 from kdscale.core.config import Distill
@@ -31,8 +32,8 @@ from kdscale.stages.jobs import DistillJob
 from kdscale.stages.loop import World
 
 
-def job(teacher: str, student: str, batch: int, root: str) -> DistillJob:
-    """Returns the job of one pair of towers."""
+def job(teacher: str, student: str, batch: int, root: str, **fields: Any) -> DistillJob:
+    """Returns the job of one pair of towers; `fields` are of the recipe."""
     named = Distill(
         student=student,
         teacher=teacher,
@@ -41,6 +42,7 @@ def job(teacher: str, student: str, batch: int, root: str) -> DistillJob:
         global_batch_size=batch,
         bn_group=batch,
         warmup_steps=1,
+        **fields,
     )
     recipe = resolve(named, TRUE_SIZE_CPU).replace(teacher=teacher_of(named, TRUE_SIZE_CPU))
     return DistillJob("distill", "0" * 16, root, recipe, 1000, Manifest(()), None, {})
@@ -60,17 +62,21 @@ def make_batch(task: DistillTask, size: int) -> Batch:
     batch = Batch(0, 0, rows, [str(row) for row in rows], images, tokens)
     assert task.teacher is not None
     model: Any = task.teacher.model
-    spec = task.teacher.spec
+    spec, device = task.teacher.spec, task.world.device
     with torch.no_grad():
-        image = normalize(model.encode_image(normalise(images[spec.image_px], spec)), dim=-1)
-        text = normalize(model.encode_text(tokens[spec.tokens_name]), dim=-1)
-    return replace(batch, teacher_image=image.half(), teacher_text=text.half())
+        pixels = normalise(images[spec.image_px].to(device), spec)
+        image = normalize(model.encode_image(pixels), dim=-1)
+        text = normalize(model.encode_text(tokens[spec.tokens_name].to(device)), dim=-1)
+    return replace(batch, teacher_image=image.half().cpu(), teacher_text=text.half().cpu())
 
 
-def compare(teacher: str, student: str, batch_size: int, steps: int) -> list[str]:
+def compare(
+    teacher: str, student: str, batch_size: int, steps: int, device: torch.device, precision: str
+) -> list[str]:
     """Times both steps of one pair."""
     with tempfile.TemporaryDirectory() as root:
-        task = DistillTask(job(teacher, student, batch_size, root), World())
+        one = job(teacher, student, batch_size, root, precision=precision)
+        task = DistillTask(one, World(device=device))
         batch = make_batch(task, batch_size)
         assert task.teacher is not None
         own, kept = task.student.spec.facts, task.teacher.spec.facts
@@ -82,6 +88,7 @@ def compare(teacher: str, student: str, batch_size: int, steps: int) -> list[str
                 task.cached_scale = cached
                 began = time.perf_counter()
                 losses[name] = float(task.step(replace(batch, step=step))["total"])
+                settle(device)
                 if step:
                     times[name].append(time.perf_counter() - began)
     student_work = (own.image_gflop or 0) + (own.text_gflop or 0)
@@ -104,13 +111,17 @@ def main() -> None:
     parser.add_argument("--student", default="vit_t16")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
     options = parser.parse_args()
+    device = torch.device(options.device)
     header = ("pair", "online, samples/s", "cached, samples/s", "speed-up", "bound", "share")
     rows = [
-        compare(teacher, options.student, options.batch, options.steps)
+        compare(teacher, options.student, options.batch, options.steps, device, options.precision)
         for teacher in options.teachers
     ]
-    print(table(f"Cached step, batch {options.batch}, fp32", header, rows))
+    title = f"Cached step, batch {options.batch}, {options.precision}{gpu_name(device)}"
+    print(table(title, header, rows))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _common import photograph, table
+from _common import gpu_name, photograph, settle, table
 from PIL import Image
 
 from kdscale.core.scale import MINI, TRUE_SIZE_CPU, language_model
@@ -29,6 +29,8 @@ from kdscale.models.hf_towers import vision_model
 from kdscale.models.language import load_language
 from kdscale.models.towers import load_tower
 from kdscale.models.vlm import build_vlm
+
+Tokens = tuple[int, ...]  # texts would not do: random weights mostly give unprintable tokens
 
 NEW_TOKENS = 16
 IMAGES = 16
@@ -66,9 +68,9 @@ def prompts_of(count: int) -> list[Prompt]:
 
 
 @torch.no_grad()
-def one_by_one(model: Any, processor: Any, prompts: list[Prompt]) -> list[str]:
-    """What a script does that asks one question after the other."""
-    found: list[str] = []
+def one_by_one(model: Any, processor: Any, prompts: list[Prompt]) -> list[Tokens]:
+    """What a script does that asks one question after the other; returns the tokens."""
+    found: list[Tokens] = []
     for prompt in prompts:
         content = [{"type": "image"}, {"type": "text", "text": prompt.text}]
         text = processor.apply_chat_template(
@@ -79,20 +81,20 @@ def one_by_one(model: Any, processor: Any, prompts: list[Prompt]) -> list[str]:
         inputs = inputs.to(model.device, model.dtype)
         ids = model.generate(**inputs, do_sample=False, max_new_tokens=prompt.max_new_tokens)
         new = ids[0, inputs["input_ids"].shape[1] :]
-        found.append(processor.decode(new, skip_special_tokens=True).strip())
+        processor.decode(new, skip_special_tokens=True)
+        found.append(tuple(new.tolist()))
     return found
 
 
-def timed(work: Callable[[], list[str]]) -> tuple[list[str], float]:
+def timed(work: Callable[[], list[Tokens]], device: torch.device) -> tuple[list[Tokens], float]:
     """Returns the answers and the seconds that they took."""
     began = time.perf_counter()
     found = work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    settle(device)
     return found, time.perf_counter() - began
 
 
-def rows_of(plain: tuple[list[str], float], ours: tuple[list[str], float], batch: int) -> Any:
+def rows_of(plain: tuple[list[Tokens], float], ours: tuple[list[Tokens], float], batch: int) -> Any:
     """Returns the table's rows."""
     (first, slow_s), (second, fast_s) = plain, ours
     same = sum(a == b for a, b in zip(first, second, strict=True)) / len(first)
@@ -121,18 +123,18 @@ def main() -> None:
     options = parser.parse_args()
     model, processor = build(options.true_size)
     dtype = torch.bfloat16 if options.true_size else torch.float32
-    model = model.to(options.device, dtype).eval()
+    device = torch.device(options.device)
+    model = model.to(device, dtype).eval()
     prompts, batch = prompts_of(options.questions), options.batch
     together = Generator(model, processor, decode, batch_size=batch)
     alone = Generator(model, processor, decode, batch_size=1)
     one_by_one(model, processor, prompts[:2])
     together(prompts[:batch])
-    plain = timed(lambda: one_by_one(model, processor, prompts))
-    ours = timed(lambda: [answer.text for answer in together(prompts)])
+    plain = timed(lambda: one_by_one(model, processor, prompts), device)
+    ours = timed(lambda: [answer.token_ids for answer in together(prompts)], device)
     size = "true size, bf16" if options.true_size else "miniature, fp32"
-    title = f"Generation, {size}, {len(prompts)} questions, {NEW_TOKENS} tokens, {options.device}"
-    if options.device == "cuda":
-        title += f" ({torch.cuda.get_device_name()})"
+    title = f"Generation, {size}, {len(prompts)} questions, {NEW_TOKENS} tokens, {device.type}"
+    title += gpu_name(device)
     header = ("how", "answers/s", "times", "same answers")
     print(table(title, header, rows_of(plain, ours, batch)))
     print(describe(differences(alone, together, prompts), batch))

@@ -152,6 +152,46 @@ def test_fp16_on_a_cpu_is_refused(tmp_path: Path) -> None:
         DistillTask(small_job(str(tmp_path), precision="fp16"), World())
 
 
+@pytest.mark.parametrize("micro_batch_size", [None, 4])
+def test_fp16_trains_as_fp32_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batch_size: int | None
+) -> None:
+    """On a CPU, where it is slow and refused, so that no GPU is needed to find it broken."""
+    monkeypatch.setattr("kdscale.stages.distill.check_precision", lambda *_: None)
+    run = Execution(checkpoint_every=2, log_every=1, micro_batch_size=micro_batch_size)
+    losses: dict[str, list[float]] = {}
+    for precision in ("fp32", "fp16"):
+        job = small_job(str(tmp_path), precision=precision, total_steps=4, run=run)
+        task = DistillTask(job, World())
+        # Its start, 65536, is too large for losses of this size; the first steps would be skipped.
+        task.scaler.load_state_dict(task.scaler.state_dict() | {"scale": 16.0})
+        losses[precision] = []
+        for batch in synthetic(job, World())(0):
+            if batch.step == 2:
+                state = task.state(2)
+                task = DistillTask(job, World())
+                task.load_state(state)
+                steps = {value["step"].device.type for value in task.optimizer.state.values()}
+                assert steps == {"cpu"}
+                assert task.scaler.get_scale() == {"fp32": 1.0, "fp16": 16.0}[precision]
+            losses[precision].append(float(task.step(batch)["total"]))
+    assert losses["fp16"] == pytest.approx(losses["fp32"], rel=5e-3)
+
+
+def test_an_overflow_in_fp16_is_skipped_and_lowers_the_scale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdscale.stages.distill.check_precision", lambda *_: None)
+    job = small_job(str(tmp_path), precision="fp16", total_steps=1)
+    task = DistillTask(job, World())
+    task.scaler.load_state_dict(task.scaler.state_dict() | {"scale": 2.0**120})
+    before = [parameter.detach().clone() for parameter in task.student.model.parameters()]
+    task.step(next(synthetic(job, World())(0)))
+    assert task.scaler.get_scale() == 2.0**119
+    for old, new in zip(before, task.student.model.parameters(), strict=True):
+        assert torch.equal(old, new)
+
+
 def test_micro_batches_must_divide(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="divisor"):
         micro_batches(8, 3)

@@ -37,6 +37,7 @@ from kdscale.stages.loop import (
     average_gradients,
     backward_step,
     check_precision,
+    gradient_scaler,
     learning_rate,
     micro_batches,
     parameter_groups,
@@ -90,7 +91,7 @@ class DistillTask:
         ).to(world.device)
         self.encoder = self._wrap()
         self.optimizer = self._build_optimizer()
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.precision == "fp16")
+        self.scaler = gradient_scaler(recipe.precision or "fp32", world.device)
         rows = recipe.global_batch_size // world.size
         micro = recipe.run.micro_batch_size if recipe.run else None
         self.parts = micro_batches(rows, micro)
@@ -275,7 +276,8 @@ class DistillTask:
         Raises:
             CheckpointError: If it belongs to other data.
         """
-        state = torch.load(io.BytesIO(data), map_location=self.world.device, weights_only=True)
+        # On the CPU: AdamW's step counters must stay there, else each one stalls the GPU.
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         if state["manifest"] != self.job.data.hash:
             raise CheckpointError(
                 f"the checkpoint was made on data {state['manifest']}, the manifest now says "
@@ -284,7 +286,7 @@ class DistillTask:
         self.student.model.load_state_dict(state["student"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"].cpu())
+        torch.set_rng_state(state["rng"])
         if not self.flags.drop_heads_on_resume:
             self.heads.load_state_dict(state["heads"])
         return int(state["step"])

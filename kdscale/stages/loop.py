@@ -75,6 +75,17 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
     return torch.autocast(device.type, dtype=dtype)
 
 
+def gradient_scaler(precision: Precision, device: torch.device) -> torch.amp.GradScaler:
+    """Returns the gradient scaler of a precision, which only fp16 uses.
+
+    `backward_step` multiplies gradients by its factor, so `scaler.scale` is never called on a loss;
+    that call is also what makes the scaler's own tensors, without which it refuses to step.
+    """
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    scaler.scale(torch.zeros((), device=device))
+    return scaler
+
+
 def learning_rate(step: int, *, lr: float, warmup_steps: int, total_steps: int) -> float:
     """Returns the learning rate of a step (0-based): linear warm-up, then cosine to zero.
 
