@@ -13,6 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import simplejpeg
+from hypothesis import settings
+
+# The same examples in every run: a failure is then a change's, and can be had again.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 Part = tuple[str, bytes]
 

@@ -39,7 +39,8 @@ def fed(x, y, cuts=()):
 
 def assert_close(found: LayerCKAResult, biased, debiased, tolerance=TOLERANCE):
     np.testing.assert_allclose(found.biased, biased, rtol=tolerance, atol=1e-14)
-    np.testing.assert_allclose(found.debiased, debiased, rtol=tolerance, atol=1e-12)
+    # A difference of nearly equal numbers where few images or few dimensions leave little.
+    np.testing.assert_allclose(found.debiased, debiased, rtol=tolerance, atol=1e-8)
 
 
 @settings(max_examples=25, deadline=None)
