@@ -119,7 +119,7 @@ def _read_shard(
     for row, sample in zip(_endless(target.tolist()), read_good(path, fs, entry), strict=False):
         keys.append(sample.key)
         if row >= 0:
-            found[row] = (sample.key, reading.text(sample, segment.epoch), sample.jpg)
+            found[row] = (sample.key, reading.text(sample, segment.epoch), sample.jpg or None)
     return keys
 
 
