@@ -29,7 +29,7 @@ from kdscale.data.captions import Captions
 from kdscale.data.pictures import store
 from kdscale.data.prepare import Preparation, Prepared, prepare
 from kdscale.data.raw import RawSample
-from kdscale.data.samples import decode
+from kdscale.data.samples import BadImage, decode
 from kdscale.data.shards import read_tar
 
 LOCAL = fsspec.filesystem("file")
@@ -301,3 +301,10 @@ def test_prepare_command_names_what_is_wrong(table: tuple[Path, Path, Path]):
         pass
     shown = run(*command, "--max-bad-fraction", 0.2, "--workers", 1)
     assert "missing_image" in shown.output
+
+
+def test_an_image_too_long_for_a_jpeg_is_refused_by_name() -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (70_000, 3)).save(file, "PNG")
+    with pytest.raises(BadImage, match="too_long: 70000 x 3 pixels"):
+        store(file.getvalue(), 256, 90)

@@ -19,10 +19,11 @@ from PIL import Image
 
 from kdscale.core.types import DataError
 from kdscale.data.captions import Captions, Row
-from kdscale.data.samples import decode
+from kdscale.data.samples import BadImage, decode
 
 Finder = Callable[[Row], tuple[str, str | None]]
 
+MAX_JPEG_PX = 65_500  # libjpeg's limit
 ORIENTATION_TAG = 0x0112
 _DIGEST = re.compile(r"[0-9a-f]{32}|[0-9a-f]{64}")
 _DIGITS = re.compile(r"[0-9]+")
@@ -179,6 +180,8 @@ def store(data: bytes, px: int, quality: int, *, gif: bool = False) -> Stored:
         scale = px / min(height, width)
         size = max(px, round(width * scale)), max(px, round(height * scale))
         image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    if max(image.shape[:2]) > MAX_JPEG_PX:
+        raise BadImage("too_long", f"{width} x {height} pixels, too long for a JPEG")
     jpg = simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality, colorsubsampling="420")
     return Stored(jpg, (image.shape[1], image.shape[0]), (width, height), kept=False)
 

@@ -41,7 +41,7 @@ class BadImage(DataError):
     """Image bytes that give no picture.
 
     Attributes:
-        cause: `truncated_jpeg`, `bomb` or `undecodable`.
+        cause: `truncated_jpeg`, `bomb`, `undecodable`, or `too_long` for a JPEG.
     """
 
     def __init__(self, cause: str, detail: str = "") -> None:
