@@ -25,6 +25,7 @@ from PIL import Image
 from kdscale.core.catalog_mini import MINI_STUDENTS
 from kdscale.core.config import DataSpec
 from kdscale.core.types import DataError, EmptyShard, NoShards, ShardChanged, TooManyBadSamples
+from kdscale.data.blocks import _pixels
 from kdscale.data.samples import BadImage, Crop, crop_box, decode, render, resize
 from kdscale.data.shards import (
     Manifest,
@@ -434,3 +435,15 @@ def test_large_jpegs_are_decoded_at_a_half_or_a_quarter():
         assert np.abs(image.astype(int) - expected).mean() < 2.5, px
         # What one size shows does not depend on the others.
         assert np.array_equal(image, render(jpeg, "k", 0, Crop(), (px,))[px])
+
+
+def test_the_memory_of_a_block_is_used_again_once_nobody_holds_it():
+    first = _pixels((3, 2, 2, 3))
+    second, place = _pixels((3, 2, 2, 3)), first.ctypes.data
+    held = pa.py_buffer(first)
+    del first
+    third = _pixels((3, 2, 2, 3))
+    last = third.ctypes.data
+    assert len({place, second.ctypes.data, last}) == 3
+    del held, third
+    assert _pixels((3, 2, 2, 3)).ctypes.data == last
