@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,23 @@ def test_impossible_resources_are_named_before_anything_starts() -> None:
         concurrent_trials([stage_needing(num_workers=9)], {"CPU": 4})
     fits = stage_needing(num_workers=2, cpus_per_worker=1, data_cpus=2)
     assert concurrent_trials([fits], {"CPU": 13}) == 3
+
+
+def test_trials_side_by_side_share_the_cores(tmp_path: Path) -> None:
+    from kdscale.sweep.schedule import sharing_cores
+
+    plan = plan_of(Sweep(name="x", stages=[Distill(student="vit_t16", loss="clip")]), tmp_path)
+
+    def threads(num_workers: int, own: int | None, concurrency: int) -> int | None:
+        stage = stage_needing(num_workers=num_workers, threads_per_worker=own)
+        shared = sharing_cores(replace(plan, stages={"k": stage}), concurrency, 8)
+        assert shared.stages["k"].recipe.run is not None
+        return shared.stages["k"].recipe.run.threads_per_worker
+
+    assert threads(0, 4, 1) == 4
+    assert threads(0, 4, 3) == 2
+    assert threads(0, None, 16) == 1
+    assert threads(2, None, 16) is None  # workers of a group have cores of their own
 
 
 @pytest.mark.parametrize(
