@@ -143,7 +143,7 @@ def mini_vlm(root: Path, tower: str) -> VlmJob:
     made = jobs(root, "tinyllava", ("vit_t16", "qwen2_0_5b"), data)
     fields = {
         "vision": MINI_STUDENTS[tower],
-        "llm": MINI_LANGUAGE_MODELS["qwen2_0_5b"],
+        "llm": MINI_LANGUAGE_MODELS["qwen2_0_5b"].llm,
         "lr": 2e-3,
         **SMALL,
         "length_grouping": False,

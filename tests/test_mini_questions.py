@@ -341,7 +341,7 @@ def test_tokenizer_has_a_real_ones_special_tokens():
 def test_tokenizer_is_the_same_beside_a_model(tmp_path: Path, family: str):
     ours = tokenizer()
     text = f"{vocabulary.SYSTEM} USER: {IMAGE}\nIs there a zébra,  12\n\n(or more)? ASSISTANT: Yes"
-    spec = catalog_mini.MINI_LANGUAGE_MODELS["qwen2_0_5b"].config
+    spec = catalog_mini.MINI_LANGUAGE_MODELS["qwen2_0_5b"].llm.config
     assert spec is not None
     text_config = AutoConfig.for_model(**spec)
     configs = {"llama": {**spec, "model_type": "llama"}, "qwen2": spec}
@@ -360,7 +360,7 @@ def test_tokenizer_is_the_same_beside_a_model(tmp_path: Path, family: str):
 
 @pytest.mark.parametrize("role", catalog_mini.MINI_LANGUAGE_MODELS)
 def test_language_models_are_what_the_catalogue_says(role: str):
-    spec = catalog_mini.MINI_LANGUAGE_MODELS[role]
+    spec = catalog_mini.MINI_LANGUAGE_MODELS[role].llm
     config = AutoConfig.for_model(**(spec.config or {}))
     model = AutoModelForCausalLM.from_config(config)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight

@@ -23,7 +23,13 @@ from kdscale.core.config import (
     ZeroShotSpec,
 )
 from kdscale.core.types import unknown_name
-from kdscale.core.vlm_config import LanguageModelSpec, QuestionsSpec, SuiteSpec, VlmStage
+from kdscale.core.vlm_config import (
+    Language,
+    LanguageModelSpec,
+    QuestionsSpec,
+    SuiteSpec,
+    VlmStage,
+)
 
 
 class Sizes(Spec):
@@ -56,7 +62,8 @@ class Scale(Spec):
     Attributes:
         precision: Precision of every stage whose recipe names none.
         random_weights: Replace every pretrained weight by a random one (walks, photographs).
-        teachers: Role to tower, or to the recipe of the stage that trains it.
+        teachers: Role to tower, or to the recipe of the stage that trains it; so are language
+            models.
         data_paths: Where the user's shards are, by data set; "" for every set without a path.
         vlm_sizes: What becomes of `pretrain` and `finetune` stages.
         vlm_run: Execution of the VLM stages, None for that of the others.
@@ -70,7 +77,7 @@ class Scale(Spec):
     data: dict[str, DataSpec]
     zero_shot: dict[str, ZeroShotSpec]
     data_paths: dict[str, str] = Field(default_factory=dict)
-    language_models: dict[str, LanguageModelSpec] = Field(default_factory=dict)
+    language_models: dict[str, LanguageModelSpec | Language] = Field(default_factory=dict)
     questions: dict[str, QuestionsSpec] = Field(default_factory=dict)
     suites: dict[str, SuiteSpec] = Field(default_factory=dict)
     sizes: Sizes = Sizes()
@@ -216,13 +223,16 @@ def resolve_vlm(stage: VlmStage, scale: Scale, overrides: Mapping[str, Any]) -> 
     return stage.replace(**changes)
 
 
-def language_model(value: str | LanguageModelSpec, scale: Scale) -> LanguageModelSpec:
-    """Returns the language model that a role means.
+def language_model(value: str | LanguageModelSpec, scale: Scale) -> LanguageModelSpec | Language:
+    """Returns the language model that a role means, or the recipe of the stage that trains it.
 
     Where the scale draws weights, its config gives the dimensions, and the miniature tokenizer
     stands in for one that would have to be downloaded.
     """
-    spec: LanguageModelSpec = lookup("language model", value, scale.language_models)
+    spec: LanguageModelSpec | Language = lookup("language model", value, scale.language_models)
+    if isinstance(spec, Language):
+        run = (spec.run or scale.vlm_run or scale.run).replace(num_workers=0)
+        return spec.llm if scale.random_weights else spec.replace(run=run)
     if not scale.random_weights or spec.config is None:
         return spec
     return spec.replace(weights="random", tokenizer=spec.tokenizer or "mini_lm")

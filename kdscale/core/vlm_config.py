@@ -36,7 +36,8 @@ class LanguageModelSpec(Spec):
 
     Attributes:
         name: What people call it.
-        weights: Hub id, a local directory in the hub's layout, or `random`.
+        weights: Hub id, a local directory in the hub's layout, `random`, or `stage:language/<key>`
+            of the stage that trained it.
         config: A transformers config as a dictionary (`model_type` and its fields), for random
             weights alone; others are read with the config beside them.
         tokenizer: Hub id, local directory, or `mini_lm` for the packaged miniature one; None
@@ -53,6 +54,36 @@ class LanguageModelSpec(Spec):
     hidden: Annotated[int, Field(gt=0, json_schema_extra=NOT_IN_KEY)]
     context_length: Annotated[int, Field(gt=0, json_schema_extra=NOT_IN_KEY)]
     mparams: Annotated[float, Field(gt=0, json_schema_extra=NOT_IN_KEY)]
+
+
+class Language(Recipe):
+    """Train a language model on text, as one that images are to be joined to has been.
+
+    Miniature models alone need this: adapters on a frozen model that has never read have nothing
+    to adapt.
+
+    Attributes:
+        llm: The model, with random weights.
+        data: Miniature worlds whose conversations and captions are the text, without any image.
+        num_steps: Optimizer steps.
+        batch_size: Blocks of one step.
+        block_tokens: Tokens of a block; texts are put end to end and cut there.
+        lr: Peak learning rate; cosine to zero.
+        warmup_steps: Steps that warm up.
+        seed: Draws the weights and the order of blocks.
+    """
+
+    kind: ClassVar[str] = "language"
+    version: ClassVar[int] = 1
+
+    llm: LanguageModelSpec
+    data: tuple[MiniWorld, ...] = Field(min_length=1)
+    num_steps: int = Field(default=256, gt=0)
+    batch_size: int = Field(default=32, gt=0)
+    block_tokens: int = Field(default=128, gt=1)
+    lr: float = Field(default=2e-3, gt=0)
+    warmup_steps: int = Field(default=16, ge=0)
+    seed: int = 0
 
 
 class Lora(Spec):

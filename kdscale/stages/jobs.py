@@ -10,7 +10,7 @@ from kdscale.core.config import EMBED_STAGE, Distill, Embed
 from kdscale.core.eval_config import Cka
 from kdscale.core.keys import content_key
 from kdscale.core.storage import StageStore, Storage
-from kdscale.core.vlm_config import FEATURES_STAGE, Evaluate, Features, VlmStage
+from kdscale.core.vlm_config import FEATURES_STAGE, Evaluate, Features, Language, VlmStage
 from kdscale.data.features import FeatureRef, find_features
 from kdscale.data.image_sets import ImageSet
 from kdscale.data.samples import Crop
@@ -138,6 +138,18 @@ class EvaluateJob(Job):
     record: dict[str, Any]
     lease: str | None = None
     kind: str = Evaluate.kind
+
+
+@dataclass(frozen=True)
+class LanguageJob(Job):
+    """Everything a worker needs to train a language model; attributes as of `DistillJob`."""
+
+    key: str
+    storage_root: str
+    recipe: Language
+    record: dict[str, Any]
+    lease: str | None = None
+    kind: str = Language.kind
 
 
 @dataclass(frozen=True)

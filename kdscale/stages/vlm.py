@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -75,9 +76,10 @@ def build(job: VlmJob, device: torch.device) -> Built:
     dtype = DTYPES[precision] if uses_deepspeed(recipe) else torch.float32
     clip = load_tower(tower, storage, seed=recipe.seed)
     vision = vision_model(clip, tower, recipe.hierarchical_tokens)
-    language, tokenizer = load_language(
-        spec, seed=recipe.seed, dtype=dtype, attention=attention.name
-    )
+    with trained_weights(spec, storage) as found:
+        language, tokenizer = load_language(
+            found, seed=recipe.seed, dtype=dtype, attention=attention.name
+        )
     model, processor = build_vlm(
         vision, language, tokenizer, recipe, tower, chat_template=chat_template(recipe.template)
     )
@@ -87,6 +89,17 @@ def build(job: VlmJob, device: torch.device) -> Built:
         with storage.local_directory("stages", kind, key, "output") as directory:
             load_projector(model, directory)
     return Built(prepare_training(model, recipe), processor, attention)
+
+
+@contextmanager
+def trained_weights(spec: LanguageModelSpec, storage: Storage) -> Generator[LanguageModelSpec]:
+    """Yields a language model with the directory of the stage that trained it, where one did."""
+    if not spec.weights.startswith(STAGE_WEIGHTS):
+        yield spec
+        return
+    kind, key = spec.weights.removeprefix(STAGE_WEIGHTS).split("/")
+    with storage.local_directory("stages", kind, key, "output", "model") as directory:
+        yield spec.replace(weights=directory)
 
 
 def training_arguments(job: VlmJob, world: World, directory: str) -> TrainingArguments:

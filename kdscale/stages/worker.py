@@ -42,12 +42,13 @@ from kdscale.stages.jobs import (
     DistillJob,
     EvaluateJob,
     FeaturesJob,
+    LanguageJob,
     ShardJob,
     VlmJob,
 )
 from kdscale.stages.streams import instruct_config, stream_config
 
-TrainJob = DistillJob | VlmJob | EvaluateJob
+TrainJob = DistillJob | VlmJob | EvaluateJob | LanguageJob
 
 HEALTH_CHECK_INTERVAL_S = "0.2"
 
@@ -80,7 +81,7 @@ def fit(jobs: Sequence[TrainJob]) -> None:
             datasets={
                 job.key: _dataset_from_cursor(job)
                 for job in jobs
-                if not isinstance(job, EvaluateJob)
+                if isinstance(job, DistillJob | VlmJob)
             },
             dataset_config=data_config(run.data_cpus),
             run_config=ray.train.RunConfig(
@@ -262,6 +263,10 @@ def _attempt_of(job: TrainJob) -> Any:
         from kdscale.stages.vlm_run import VlmRun
 
         return VlmRun
+    if isinstance(job, LanguageJob):
+        from kdscale.stages.language import LanguageRun
+
+        return LanguageRun
     from kdscale.stages.answer import EvaluateRun
 
     return EvaluateRun
@@ -302,7 +307,7 @@ class _Started:
         self.job = job
         self._batches: Iterator[Any] = iter(())
         self._first: Future[Any] | None = None
-        if isinstance(job, EvaluateJob):
+        if not isinstance(job, DistillJob | VlmJob):
             return
         self._start = Checkpoints(job.stage, keep=1).latest_step()
         if self._start < job.total_steps:

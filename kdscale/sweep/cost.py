@@ -11,7 +11,7 @@ from typing import Any
 
 from kdscale.core.config import Distill, Embed, Recipe, TowerSpec
 from kdscale.core.keys import content_key
-from kdscale.core.vlm_config import Features, LanguageModelSpec, VlmStage
+from kdscale.core.vlm_config import Features, Language, LanguageModelSpec, VlmStage
 from kdscale.stages.jobs import embed_recipe, vlm_features
 
 EFFECTIVE_TFLOPS = 400.0
@@ -102,6 +102,9 @@ def flops(work: Work) -> float | None:
         return None if gflop is None or count is None else gflop * 1e9 * count
     if isinstance(recipe, VlmStage):
         return _vlm_flops(recipe, work.total_steps)
+    if isinstance(recipe, Language):
+        tokens = recipe.num_steps * recipe.batch_size * recipe.block_tokens
+        return 6e6 * recipe.llm.mparams * tokens
     if not isinstance(recipe, Distill):
         return 0.0  # a few thousand short answers
     own = _forward_gflop(recipe.student)
@@ -126,7 +129,7 @@ def bytes_out(work: Work) -> float | None:
         if work.num_samples is None:
             return None
         return float(work.num_samples * _feature_bytes(recipe))
-    if isinstance(recipe, VlmStage):
+    if isinstance(recipe, VlmStage | Language):
         model: Any = recipe.llm
         return 4e6 * model.mparams
     if not isinstance(recipe, Distill):

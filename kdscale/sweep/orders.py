@@ -12,7 +12,7 @@ from kdscale.core.config import Embed, TowerSpec
 from kdscale.core.keys import describe
 from kdscale.core.storage import Storage
 from kdscale.core.types import ShardChanged
-from kdscale.core.vlm_config import Evaluate, Features, VlmStage
+from kdscale.core.vlm_config import Evaluate, Features, Language, VlmStage
 from kdscale.data.shards import Manifest
 from kdscale.stages.inputs import content_of, find_source, questions_file
 from kdscale.stages.jobs import (
@@ -20,18 +20,23 @@ from kdscale.stages.jobs import (
     EmbedJob,
     EvaluateJob,
     FeaturesJob,
+    LanguageJob,
     ShardJob,
     VlmJob,
 )
 from kdscale.sweep.plan import Stage, total_steps
 
 
-def training_job(stage: Stage, token: str, storage: Storage) -> DistillJob | VlmJob | EvaluateJob:
+def training_job(
+    stage: Stage, token: str, storage: Storage
+) -> DistillJob | VlmJob | EvaluateJob | LanguageJob:
     """Returns what the workers are told."""
     recipe: Any = stage.recipe
     if isinstance(recipe, Evaluate):
         place = questions_file(recipe.questions.mini, storage)
         return EvaluateJob(stage.key, storage.root, recipe, place, record_of(stage), token)
+    if isinstance(recipe, Language):
+        return LanguageJob(stage.key, storage.root, recipe, record_of(stage), token)
     data = _data_of(stage, storage)
     steps = total_steps(recipe, data.num_samples)
     record = record_of(stage, data) | {"total_steps": steps}

@@ -23,7 +23,7 @@ from kdscale.core.keys import content_key, local_files
 from kdscale.core.scale import Scale, Sizes, data_names, resolve, teacher_of
 from kdscale.core.storage import StageStore, Storage
 from kdscale.core.types import DataError, NoShards, unknown_name
-from kdscale.core.vlm_config import Evaluate, Features, Vlm, VlmStage
+from kdscale.core.vlm_config import Evaluate, Features, Language, Vlm, VlmStage
 from kdscale.data.shards import Content
 from kdscale.losses.recipes import LossFlags
 from kdscale.stages.inputs import Source, content_of, find_source
@@ -305,7 +305,7 @@ class Planner:
 
     def _sources_of(self, recipe: Recipe) -> list[Source | None]:
         """Finds a recipe's training data and, after them, its benchmark's."""
-        if isinstance(recipe, Evaluate):
+        if isinstance(recipe, Evaluate | Language):
             return []
         read: Any = recipe
         benchmark = getattr(recipe, "zero_shot", None)
@@ -344,6 +344,8 @@ def total_steps(recipe: Distill | VlmStage, num_samples: int) -> int:
 
 def _amount(recipe: Recipe, data: Source | None) -> Work:
     """Returns a recipe beside its amount of data: counted, or what the data spec says."""
+    if isinstance(recipe, Language):
+        return Work(recipe=recipe, num_samples=None, total_steps=recipe.num_steps)
     if isinstance(recipe, Evaluate):
         return Work(recipe=recipe, num_samples=recipe.questions.mini.num_samples, total_steps=1)
     if data is not None:

@@ -27,7 +27,7 @@ from kdscale.core.answers_config import Answers
 from kdscale.core.config import Distill, Embed, Execution
 from kdscale.core.storage import Lease, Storage
 from kdscale.core.types import ImpossibleResources, MissingBenchmark, StageFailed, StageRefused
-from kdscale.core.vlm_config import Evaluate, Features
+from kdscale.core.vlm_config import Evaluate, Features, Language
 from kdscale.data.shards import Content, check_labels
 from kdscale.stages.inputs import content_of, find_source, questions_file
 from kdscale.stages.jobs import AnswersJob
@@ -368,6 +368,8 @@ def prepare(plan: Plan, progress: Any) -> None:
                     "NAME being the suite's"
                 )
             continue
+        if isinstance(recipe, Language):
+            continue  # its text is made as it is read
         if isinstance(recipe, Evaluate):
             questions_file(recipe.questions.mini, plan.storage, progress)
             continue

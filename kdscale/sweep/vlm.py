@@ -12,6 +12,8 @@ from kdscale.core.vlm_config import (
     Evaluate,
     Features,
     Finetune,
+    Language,
+    LanguageModelSpec,
     Pretrain,
     QuestionsSpec,
     Vlm,
@@ -38,7 +40,7 @@ def add_vlm(planner: Planner, recipe: Vlm, name: str, path: list[str]) -> None:
         raise unknown_name("VLM recipe", recipe.recipe, VLM_RECIPES)
     shared: dict[str, Any] = {
         "vision": tower_of(planner, recipe, path),
-        "llm": language_model(recipe.llm, scale),
+        "llm": language_of(planner, recipe.llm, path),
         "seed": recipe.seed,
     }
     settings = VLM_RECIPES[recipe.recipe]
@@ -92,6 +94,19 @@ def tower_of(planner: Planner, recipe: Vlm, path: list[str]) -> TowerSpec:
         assert tower is not None
         return tower
     return found.replace(weights="random") if planner.plan.scale.random_weights else found
+
+
+def language_of(
+    planner: Planner, value: str | LanguageModelSpec, path: list[str]
+) -> LanguageModelSpec:
+    """Returns a VLM's language model; adds the stage that trains it where there is one."""
+    found = language_model(value, planner.plan.scale)
+    if isinstance(found, LanguageModelSpec):
+        return found
+    own: list[str] = []  # it needs nothing of what comes before it
+    key = planner.add_stage(Language.kind, found.llm.name, found, own)
+    path += own
+    return found.llm.replace(weights=f"{STAGE_WEIGHTS}language/{key}", config=None)
 
 
 def towers(scale: Scale) -> dict[str, TowerSpec | Distill]:
