@@ -24,7 +24,8 @@ from kdscale.core.config import Execution
 from kdscale.core.scale import Scale, scale_named
 from kdscale.core.storage import Storage
 from kdscale.core.types import ConfigError
-from kdscale.sweep.grid import VLM_STAGES, Sweep
+from kdscale.core.vlm_config import VLM_STAGES
+from kdscale.sweep.grid import Sweep
 from kdscale.sweep.plan import Plan, make_plan
 from kdscale.sweep.tracking import redacted
 from kdscale.terminal import AsJson, StorageRoot, console, guarded
@@ -105,10 +106,12 @@ def parse_settings(settings: Sequence[str], scale: Scale) -> dict[str, Any]:
         except ValueError:
             value = text
         name = path.removeprefix("distill.")
-        stage, dot, field = name.partition(".")
+        stage, _, field = name.partition(".")
         if name.startswith("run."):
             run[field] = value
-        elif dot and stage in VLM_STAGES:
+        elif stage in VLM_STAGES:
+            if not field:
+                raise ConfigError(f"--set {setting}: say which field, e.g. {stage}.lr=1e-4")
             fields.setdefault(stage, {})[field] = value
         else:
             fields[name] = value

@@ -76,12 +76,17 @@ def _named(owner: str, known: set[str], error: ValidationError) -> ConfigError:
     lines: list[str] = []
     unknown = False
     for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"]) or "recipe"
+        where = ".".join([owner, *map(str, item["loc"])])
         if item["type"] == "extra_forbidden":
             unknown = True
-            lines.append(f"{owner} has no field {where!r}; it has {', '.join(sorted(known))}")
+            name = where.removeprefix(f"{owner}.")
+            lines.append(f"{owner} has no field {name!r}; it has {', '.join(sorted(known))}")
+        elif item["type"] == "value_error":  # our own, which says what was found
+            cause = item.get("ctx", {}).get("error", item["msg"])
+            unknown = unknown or isinstance(cause, UnknownField)
+            lines.append(f"{where}: {cause}")
         else:
-            lines.append(f"{owner}.{where}: {item['msg']}, got {item.get('input')!r}")
+            lines.append(f"{where}: {item['msg']}, got {item.get('input')!r:.80}")
     return (UnknownField if unknown else ConfigError)("; ".join(lines))
 
 

@@ -22,7 +22,7 @@ from kdscale.core.config import (
     TowerSpec,
     ZeroShotSpec,
 )
-from kdscale.core.types import unknown_name
+from kdscale.core.types import ConfigError, unknown_name
 from kdscale.core.vlm_config import (
     Language,
     LanguageModelSpec,
@@ -199,13 +199,21 @@ def resolve(recipe: Distill, scale: Scale, overrides: Mapping[str, Any] | None =
 
 
 def resolve_vlm(stage: VlmStage, scale: Scale, overrides: Mapping[str, Any]) -> VlmStage:
-    """Fills in a VLM stage's data path, sizes, precision and execution; roles are specs already.
+    """Fills in a VLM stage's data, sizes, precision and execution; models are specs already.
 
     Args:
         stage: A stage without open choices.
         scale: What the roles mean.
         overrides: Fields set last; a mapping under `run` changes single fields of the execution.
+
+    Raises:
+        UnknownName: If the data's role is not in the scale.
+        ConfigError: If an override does not validate.
     """
+    overrides = dict(overrides)
+    # What a scale does depends on these.
+    first = ("data", "trainable", "lora")
+    stage = stage.replace(**{name: overrides.pop(name) for name in first if name in overrides})
     sizes = scale.vlm_sizes.get(stage.kind, VlmSizes())
     run = stage.run or scale.vlm_run or scale.run
     projector_lr = stage.projector_lr and stage.projector_lr * sizes.lr_factor
@@ -217,7 +225,7 @@ def resolve_vlm(stage: VlmStage, scale: Scale, overrides: Mapping[str, Any]) -> 
         "projector_lr": projector_lr,
         "run": run,
     }
-    changes |= sizes.fields | dict(overrides)
+    changes |= sizes.fields | overrides
     if isinstance(changes["run"], Mapping):
         changes["run"] = run.replace(**changes["run"])
     return stage.replace(**changes)
@@ -262,23 +270,50 @@ def teacher_of(recipe: Distill, scale: Scale) -> TowerSpec | Distill | None:
 
 
 def with_path(spec: DataSpec, scale: Scale) -> DataSpec:
-    """Fills in where a data set's shards are, as the user said."""
+    """Fills in where a data set's shards are, as the user said.
+
+    Raises:
+        ConfigError: If there is a path for one that is drawn.
+    """
+    path = path_of(spec, scale)
     if spec.mini is not None:
         return spec
-    paths = scale.data_paths
-    own = (paths[name] for name in data_names(spec, scale) if name in paths)
-    return spec.replace(urls=next(own, spec.urls or paths.get("")))
+    return spec.replace(urls=path or spec.urls or scale.data_paths.get(""))
 
 
-def data_names(spec: DataSpec, scale: Scale) -> list[str]:
-    """Returns what a data set may be called where its path is given: its name, or its role."""
-    return [spec.name, *(role for role, known in scale.data.items() if known.name == spec.name)]
+def path_of(spec: DataSpec | SuiteSpec, scale: Scale) -> str | None:
+    """Returns the path that the user gave for a data set or a suite, None where there is none.
+
+    Raises:
+        ConfigError: If it is drawn, and no path is read.
+    """
+    name = next((name for name in data_names(spec, scale) if name in scale.data_paths), None)
+    if name is None:
+        return None
+    if spec.mini is not None:
+        raise ConfigError(
+            f"--data {name}={scale.data_paths[name]}: {spec.name!r} is drawn at the scale "
+            f"{scale.name!r}, and no path is read for it; leave it out, or choose another --scale"
+        )
+    return scale.data_paths[name]
+
+
+def data_names(spec: DataSpec | SuiteSpec, scale: Scale) -> list[str]:
+    """Returns what a data set or a suite may be called where its path is given: name, or role."""
+    known = scale.suites if isinstance(spec, SuiteSpec) else scale.data
+    return [spec.name, *(role for role, found in known.items() if found.name == spec.name)]
 
 
 def _benchmark(recipe: Distill, scale: Scale) -> ZeroShotSpec | None:
     """Looks a zero-shot benchmark up and fills in its path."""
     spec = lookup("zero-shot benchmark", recipe.zero_shot, scale.zero_shot)
     return spec and spec.replace(data=with_path(spec.data, scale))
+
+
+def known_questions(scale: Scale) -> dict[str, QuestionsSpec | None]:
+    """Returns every role of questions; None stands for those that this scale does not have."""
+    elsewhere = (role for known in SCALES.values() for role in known.questions)
+    return dict.fromkeys(elsewhere) | scale.questions
 
 
 def lookup(kind: str, value: Any, registry: Mapping[str, Any]) -> Any:

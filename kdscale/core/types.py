@@ -176,6 +176,22 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> UnknownName:
         known: The registry's names.
     """
     names = sorted(known)
+    return UnknownName(f"unknown {kind} {name!r}.{_nearest(name, names)}")
+
+
+def unknown_field(owner: str, name: object, known: Iterable[str]) -> UnknownField:
+    """Builds the error for a field that something does not have, with the nearest that it has.
+
+    Args:
+        owner: What was given the field, in words.
+        name: The field.
+        known: The fields that it has.
+    """
+    return UnknownField(f"{owner} has no field {name!r}.{_nearest(name, sorted(known))}")
+
+
+def _nearest(name: object, names: list[str]) -> str:
+    """Ends an error about a name with those that might have been meant, and with all."""
     near = get_close_matches(str(name), names, n=2)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    return UnknownName(f"unknown {kind} {name!r}.{hint} Known: {', '.join(names)}.")
+    return f"{hint} Known: {', '.join(names)}."

@@ -7,9 +7,11 @@ both as named recipes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from kdscale.core.config import (
     NOT_IN_KEY,
@@ -22,6 +24,7 @@ from kdscale.core.config import (
     Spec,
     TowerSpec,
 )
+from kdscale.core.types import ConfigError, unknown_field
 
 Template = Literal["pretrain", "plain", "qwen2_base", "phi", "bunny", "qwen2_instruct", "llama"]
 Trainable = Literal["projector", "projector+llm", "projector+lora"]
@@ -29,6 +32,14 @@ ImageMode = Literal["square", "pad"]
 SiglipTokens = Literal["all", "drop_first"]
 HierarchicalTokens = Literal["last", "stage3"]
 FEATURES_STAGE = "features:"  # in front of the key of the stage that wrote the features
+# What a VLM's stages are given by the plan, and what to say instead.
+GIVEN = {
+    "vision": "both stages have one tower: say vision=... of the Vlm",
+    "llm": "both stages have one language model: say llm=... of the Vlm",
+    "seed": "both stages have one seed: say seeds=(...) of the Sweep",
+    "projector": "a plan fills in the projector that pretraining has trained",
+    "features": "a plan fills in where they are: say feature_cache=True",
+}
 
 
 class LanguageModelSpec(Spec):
@@ -224,6 +235,30 @@ class Finetune(VlmStage):
     projector: str | None = Field(default=None, pattern="^stage:pretrain/[0-9a-f]{16}$")
 
 
+# Settings in these names change one stage of a VLM.
+VLM_STAGES: dict[str, type[VlmStage]] = {"pretrain": Pretrain, "finetune": Finetune}
+
+
+def checked_settings(stage: type[VlmStage], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings of one stage of a VLM, all of them fields that are its own to set.
+
+    Raises:
+        UnknownField: With the nearest names.
+        ConfigError: With where to say it instead.
+    """
+    for name in settings:
+        if name in GIVEN:
+            raise ConfigError(f"{stage.kind}.{name} cannot be set: {GIVEN[name]}")
+        if name not in stage.model_fields:
+            known = stage.model_fields.keys() - GIVEN.keys()
+            raise unknown_field(f"a VLM's {stage.kind} stage", name, known)
+    return dict(settings)
+
+
+PretrainSettings = Annotated[dict[str, Any], AfterValidator(partial(checked_settings, Pretrain))]
+FinetuneSettings = Annotated[dict[str, Any], AfterValidator(partial(checked_settings, Finetune))]
+
+
 class QuestionsSpec(Spec):
     """Questions with images and gold answers, which a VLM is asked.
 
@@ -288,7 +323,7 @@ class Vlm(Recipe):
         vision: A role, a tower, or `distill.output`: the student of a recipe of the same sweep.
         llm: A role or a language model.
         recipe: A name in `kdscale.core.vlm_recipes.VLM_RECIPES`.
-        pretrain: Fields of `Pretrain` that differ from the recipe's.
+        pretrain: Fields of `Pretrain` that differ from the recipe's; each may hold a choice.
         finetune: Fields of `Finetune` that differ.
         questions: What the finished model is asked, None for nothing.
         suite: Benchmarks that it is asked: a role (`paper16`), a suite, or None.
@@ -300,8 +335,8 @@ class Vlm(Recipe):
     vision: str | TowerSpec | Distill
     llm: str | LanguageModelSpec = "qwen2_0_5b"
     recipe: str = "tinyllava"
-    pretrain: dict[str, Any] = Field(default_factory=dict)
-    finetune: dict[str, Any] = Field(default_factory=dict)
+    pretrain: PretrainSettings = Field(default_factory=dict)
+    finetune: FinetuneSettings = Field(default_factory=dict)
     questions: str | QuestionsSpec | None = None
     suite: str | SuiteSpec | None = None
     seed: int = 0

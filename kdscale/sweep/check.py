@@ -5,16 +5,19 @@ Nothing here builds a tower: what the configs say is enough.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Set
 from typing import Any, cast
 
 from kdscale.core.config import Distill, Execution, TowerSpec
-from kdscale.core.types import ConfigError, PrecisionError
-from kdscale.core.vlm_config import VlmStage
+from kdscale.core.types import ConfigError, PrecisionError, unknown_name
+from kdscale.core.vlm_config import Finetune, Pretrain, VlmStage
+from kdscale.data.templates import TEMPLATES
 from kdscale.losses.recipes import LossFlags, active_terms, needs_teacher, weights_for
 
 # Families of timm trunks that normalise by BatchNorm; others are found out when they are built.
 BATCHNORM_TRUNKS = ("efficientnet", "ghostnet", "mobilenet", "mobilevit", "regnet", "resnet")
 GROUPNORM_TRUNKS = ("resnetv2",)
+CAPTION_TEMPLATES = tuple(name for name, spec in TEMPLATES.items() if not spec.terminator)
 
 
 def check_recipe(recipe: Distill) -> None:
@@ -55,6 +58,53 @@ def check_vlm(recipe: VlmStage) -> None:
         )
 
 
+def check_stages(first: Pretrain, second: Finetune) -> None:
+    """Refuses two resolved stages of a VLM that do not fit together.
+
+    Raises:
+        ConfigError: The projector would meet other features than it was trained on, what
+            pretraining trains would be lost, or fine-tuning has no words for conversations.
+    """
+    for name in ("siglip_tokens", "hierarchical_tokens"):
+        before, after = getattr(first, name), getattr(second, name)
+        if before != after:
+            raise ConfigError(
+                f"pretrain.{name} is {before!r} and finetune.{name} is {after!r}: the projector "
+                "would meet other features than those it was trained on; set both alike"
+            )
+    if first.trainable != "projector":
+        raise ConfigError(
+            f"pretrain.trainable is {first.trainable!r}, and fine-tuning takes the projector alone "
+            "from there; use trainable='projector'"
+        )
+    if second.template in CAPTION_TEMPLATES:
+        chat = ", ".join(name for name in TEMPLATES if name not in CAPTION_TEMPLATES)
+        raise ConfigError(
+            f"finetune.template is {second.template!r}, which says one image and one caption; "
+            f"conversations of {_name(second.data)!r} need one of {chat}"
+        )
+
+
+def check_paths(paths: Mapping[str, str], read: Set[str]) -> None:
+    """Refuses paths of data sets that nothing reads.
+
+    Args:
+        paths: {data set: path}, "" for every set without a path of its own.
+        read: Names of data sets whose path is read; "" among them if one reads that path.
+
+    Raises:
+        UnknownName: A name is of no data set that is read.
+        ConfigError: A path without a name is read by none.
+    """
+    for name in paths.keys() - read:
+        if name:
+            raise unknown_name("data set", name, read - {""})
+        raise ConfigError(
+            f"--data {paths['']}: no data set takes this path, for each is drawn or has one of "
+            "its own; leave it out, name a data set, or choose another --scale"
+        )
+
+
 def check_fp16(precision: str | None, run: Execution) -> None:
     """Refuses fp16 where it is emulated.
 
@@ -83,6 +133,24 @@ def check_cacheable(recipe: Distill) -> None:
         raise ConfigError(
             f"the loss {recipe.loss.__qualname__} declares needs_online_teacher: a cache holds "  # pyright: ignore
             "embeddings only; use teacher_outputs='online'"
+        )
+
+
+def check_references(recipe: Distill) -> None:
+    """Refuses a distillation that names stages, which a plan fills in.
+
+    Raises:
+        ConfigError: With what to say instead.
+    """
+    if recipe.teacher_outputs not in ("online", "cached"):
+        raise ConfigError(
+            f"teacher_outputs={recipe.teacher_outputs!r} names a stage, which a plan fills in; "
+            "say teacher_outputs='cached': what is in the storage already is read, not made anew"
+        )
+    if recipe.eval_outputs is not None:
+        raise ConfigError(
+            f"eval_outputs={recipe.eval_outputs!r} names a stage, which a plan fills in where "
+            "teacher_outputs='cached'; leave it out"
         )
 
 

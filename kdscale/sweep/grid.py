@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 from kdscale.core.config import Choice, Distill
 from kdscale.core.scale import Scale
-from kdscale.core.types import ConfigError
-from kdscale.core.vlm_config import Vlm
+from kdscale.core.types import ConfigError, UnknownField, unknown_field
+from kdscale.core.vlm_config import VLM_STAGES, Finetune, Vlm, checked_settings
+from kdscale.sweep.check import check_references
+from kdscale.sweep.naming import chosen_of, dotted, name_of
 
-VLM_STAGES = ("pretrain", "finetune")  # settings in these names change one stage of a VLM
+PARTS = ("vision", *VLM_STAGES)  # fields of a VLM that hold fields themselves
 
 
 def choose(*options: Any) -> Any:
@@ -91,39 +93,56 @@ class Sweep:
 
         Args:
             overrides: Recipe fields set last; names and choices of the trials tell of them.
+                Mappings under `pretrain` and `finetune` set fields of one stage of the VLMs.
 
         Raises:
-            ConfigError: If the sweep varies such a field or tells its baseline by it.
+            UnknownField: If no recipe has such a field.
+            ConfigError: If the sweep varies such a field or tells its baseline by it, or a plan
+                fills it in.
         """
+        changes = dict(overrides or {})
         recipes = [
-            _seeded(recipe, seed)
+            _changed(recipe, {"seed": seed})
             for seed in self.seeds
             for template in self.stages
             for recipe in expand(template)
         ]
-        # Single fields of `run` are set when the scale is known; they change no name.
-        changes = {k: v for k, v in (overrides or {}).items() if k not in ("run", *VLM_STAGES)}
-        self._check_free(changes, [recipe for recipe in recipes if isinstance(recipe, Distill)])
+        self._check_free(changes, recipes)
         recipes = [_changed(recipe, changes) for recipe in recipes]
-        varied = {
-            name
-            for name in Distill.model_fields
-            if len({label(getattr(r, name)) for r in recipes if isinstance(r, Distill)}) > 1
-        } | {"student", "teacher", "loss"}
-        return [_trial(recipe, varied) for recipe in recipes]
+        self._check_taken(changes, recipes)
+        for recipe in recipes:
+            student = recipe.vision if isinstance(recipe, Vlm) else recipe
+            if isinstance(student, Distill):
+                check_references(student)
+        told = zip(recipes, chosen_of(recipes), strict=True)
+        return [Trial(name=name_of(chosen), recipe=r, chosen=chosen) for r, chosen in told]
 
-    def _check_free(self, changes: Mapping[str, Any], recipes: Sequence[Distill]) -> None:
+    def _check_free(self, changes: Mapping[str, Any], recipes: Sequence[Distill | Vlm]) -> None:
         """Refuses changes that would make trials of one sweep alike, or a control no control."""
-        for name in changes:
-            values = [getattr(recipe, name, None) for recipe in recipes]
-            # How a stage is run distinguishes no trials.
-            varied = name != "run" and any(value != values[0] for value in values)
+        told = {name for chosen in chosen_of(recipes, always=()) for name in chosen}
+        for name in dotted(changes):
+            varied = name in told and name != "run"  # which distinguishes no trials
             if varied or name in (self.baseline or {}):
                 raise ConfigError(
                     f"{name!r} cannot be set from outside: the sweep {self.name!r} "
                     f"{'varies it' if varied else 'tells its baseline by it'}; "
                     "edit the sweep file, or choose another field"
                 )
+
+    def _check_taken(self, changes: Mapping[str, Any], recipes: Sequence[Distill | Vlm]) -> None:
+        """Refuses changes that no recipe takes, for they would change nothing."""
+        known = {name for recipe in recipes for name in _takes(recipe)} | {"run", "max_steps"}
+        has_vlms = known.issuperset(VLM_STAGES)
+        for name in changes:
+            if name in VLM_STAGES and has_vlms:
+                checked_settings(VLM_STAGES[name], changes[name])
+            elif name in VLM_STAGES:
+                raise ConfigError(f"the sweep {self.name!r} has no VLM whose {name} could be set")
+            elif name not in known:
+                error = unknown_field(f"a recipe of the sweep {self.name!r}", name, known)
+                both = f" The stages of a VLM have it: say pretrain.{name} or finetune.{name}."
+                is_theirs = has_vlms and name in Finetune.model_fields
+                raise UnknownField(f"{error}{both if is_theirs else ''}")
 
     def main(self) -> None:
         """Runs the sweep as a program: `python FILE [options]` is `kdscale run FILE [options]`."""
@@ -133,11 +152,11 @@ class Sweep:
 
 
 def expand(template: Distill | Vlm) -> Iterator[Distill | Vlm]:
-    """Yields the recipes that a recipe with choices stands for; a VLM's includes its student's."""
-    inner = getattr(template, "vision", None)
-    choices = template.choices()
-    if isinstance(inner, Distill):
-        choices |= {f"vision.{name}": choice for name, choice in inner.choices().items()}
+    """Yields the recipes that a recipe with choices stands for.
+
+    A VLM's choices include those of its student and those inside `pretrain` and `finetune`.
+    """
+    choices = _choices(template)
     links: dict[int, int] = {}
     for choice in choices.values():
         known = links.setdefault(id(choice.link), len(choice.options))
@@ -147,57 +166,43 @@ def expand(template: Distill | Vlm) -> Iterator[Distill | Vlm]:
         index = dict(zip(links, picks, strict=True))
         taken = {name: choice.options[index[id(choice.link)]] for name, choice in choices.items()}
         own = {name: value for name, value in taken.items() if "." not in name}
-        if isinstance(inner, Distill):
-            deep = {k.partition(".")[2]: v for k, v in taken.items() if "." in k}
-            own["vision"] = inner.replace(**deep)
+        for part in PARTS:
+            deep = {k.partition(".")[2]: v for k, v in taken.items() if k.startswith(f"{part}.")}
+            if deep:
+                inner = getattr(template, part)
+                own[part] = inner.replace(**deep) if isinstance(inner, Distill) else inner | deep
         yield template.replace(**own)
 
 
-def _seeded(recipe: Distill | Vlm, seed: int) -> Distill | Vlm:
-    """Sets a recipe's seed, and its student's."""
-    if isinstance(recipe, Vlm) and isinstance(recipe.vision, Distill):
-        recipe = recipe.replace(vision=recipe.vision.replace(seed=seed))
-    return recipe.replace(seed=seed)
+def _choices(template: Distill | Vlm) -> dict[str, Choice]:
+    """Returns the open choices of a recipe and, dotted, those inside of it."""
+    choices = template.choices()
+    for part in PARTS:
+        inner: Any = getattr(template, part, None)
+        fields = inner.choices() if isinstance(inner, Distill) else inner
+        if isinstance(fields, dict):
+            found = cast("dict[str, Any]", fields).items()
+            choices |= {f"{part}.{k}": v for k, v in found if isinstance(v, Choice)}
+    return choices
+
+
+def _takes(recipe: Distill | Vlm) -> Set[str]:
+    """Returns the fields of a recipe that can be set, its student's included."""
+    own = set(type(recipe).model_fields)
+    inner = getattr(recipe, "vision", None)
+    return own | (_takes(inner) if isinstance(inner, Distill) else set[str]())
 
 
 def _changed(recipe: Distill | Vlm, changes: Mapping[str, Any]) -> Distill | Vlm:
-    """Sets fields of a distillation; in a VLM those of its student."""
-    if isinstance(recipe, Distill):
-        return recipe.replace(**changes)
-    if isinstance(recipe.vision, Distill):
-        return recipe.replace(vision=recipe.vision.replace(**changes))
-    return recipe
+    """Sets the fields that a recipe has, in a VLM also those of its student.
 
-
-def _trial(recipe: Distill | Vlm, varied: set[str]) -> Trial:
-    """Names a trial by what distinguishes it."""
+    How stages are run, and single stages of a VLM, are set when the scale is known.
+    """
+    later = ("run", *VLM_STAGES)
+    known = type(recipe).model_fields
+    own = {k: v for k, v in changes.items() if k in known and k not in later}
     if isinstance(recipe, Vlm):
-        return _vlm_trial(recipe, varied)
-    chosen = {name: label(getattr(recipe, name)) for name in Distill.model_fields if name in varied}
-    teacher = chosen["teacher"]
-    parts = [chosen["student"], "alone" if teacher is None else f"from {teacher}", chosen["loss"]]
-    extra = [f"{k}={v}" for k, v in chosen.items() if k not in ("student", "teacher", "loss")]
-    return Trial(name=" ".join([*map(str, parts), *extra]), recipe=recipe, chosen=chosen)
-
-
-def _vlm_trial(recipe: Vlm, varied: set[str]) -> Trial:
-    """Names a VLM's trial by framework, language model and tower."""
-    tower = _trial(recipe.vision, varied) if isinstance(recipe.vision, Distill) else recipe.vision
-    chosen = {"recipe": recipe.recipe, "llm": label(recipe.llm)}
-    if isinstance(tower, Trial):
-        chosen |= tower.chosen
-    else:
-        chosen["vision"] = label(tower)
-    where = tower.name if isinstance(tower, Trial) else label(tower)
-    name = f"{recipe.recipe} {chosen['llm']} on {where}"
-    return Trial(name=name, recipe=recipe, chosen=chosen)
-
-
-def label(value: Any) -> Any:
-    """Returns a short, hashable name of a recipe field's value."""
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    if isinstance(value, dict):
-        weights = cast("dict[str, float]", value).items()
-        return "+".join(term if weight == 1 else f"{weight:g} {term}" for term, weight in weights)
-    return getattr(value, "name", None) or getattr(value, "__qualname__", None) or repr(value)
+        vision = own.get("vision", recipe.vision)
+        if isinstance(vision, Distill):
+            own["vision"] = _changed(vision, changes)
+    return recipe.replace(**own)

@@ -22,13 +22,13 @@ from kdscale.core.config import (
 from kdscale.core.keys import content_key, local_files
 from kdscale.core.scale import Scale, Sizes, data_names, resolve, teacher_of
 from kdscale.core.storage import StageStore, Storage
-from kdscale.core.types import DataError, NoShards, unknown_name
+from kdscale.core.types import DataError, NoShards
 from kdscale.core.vlm_config import Evaluate, Features, Language, Vlm, VlmStage
 from kdscale.data.shards import Content
 from kdscale.losses.recipes import LossFlags
 from kdscale.stages.inputs import Source, content_of, find_source
 from kdscale.stages.jobs import embed_recipe, features_recipe
-from kdscale.sweep.check import check_cacheable, check_recipe
+from kdscale.sweep.check import check_cacheable, check_paths, check_recipe
 from kdscale.sweep.cost import (
     EFFECTIVE_TFLOPS,
     Work,
@@ -38,10 +38,8 @@ from kdscale.sweep.cost import (
     gpu_hours,
     saving,
 )
-from kdscale.sweep.grid import VLM_STAGES, Sweep, Trial
+from kdscale.sweep.grid import Sweep, Trial
 from kdscale.sweep.vlm import add_vlm
-
-ROLES = ("student", "teacher", "data", "zero_shot")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +113,7 @@ class Plan:
     Attributes:
         stages: {key: stage}, inputs before the stages that need them.
         missing: Inputs that are not at hand, in words.
+        notes: What the sweeps ask for and the scale does not have, in words.
     """
 
     scale: Scale
@@ -122,6 +121,7 @@ class Plan:
     trials: list[PlannedTrial] = field(default_factory=list)
     stages: dict[str, Stage] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def shared_by(self, key: str) -> int:
         """Returns how many trials go through a stage."""
@@ -181,6 +181,7 @@ class Plan:
             "estimated": any(stage.estimated for stage in rest),
             "effective_tflops": EFFECTIVE_TFLOPS,
             "missing": self.missing,
+            "notes": self.notes,
         }
 
 
@@ -197,7 +198,7 @@ class Planner:
         self.plan = Plan(scale=scale, storage=storage)
         self.overrides = dict(overrides)
         self._sources: dict[tuple[str, str], Source | None] = {}
-        self._names: set[str] = set()
+        self.names: set[str] = set()
 
     def add(self, sweep: Sweep) -> None:
         """Adds a sweep's trials and the stages that are not in the plan yet.
@@ -217,8 +218,8 @@ class Planner:
     def distill(self, recipe: Distill, name: str, path: list[str]) -> TowerSpec:
         """Adds a distillation with the stages that it needs, and returns its student."""
         # Set in the trial already, before a scale shrank the sizes; roles are specs by now.
-        skipped = (*ROLES, *VLM_STAGES)
-        again = {k: v for k, v in self.overrides.items() if k not in skipped}
+        own = Distill.model_fields.keys() - {"student", "teacher", "data", "zero_shot"}
+        again = {k: v for k, v in self.overrides.items() if k in own}
         resolved = resolve(recipe, self.plan.scale, again)
         resolved = resolved.replace(teacher=self.teacher(recipe, path))
         resolved = self._cached(resolved, path)
@@ -226,15 +227,9 @@ class Planner:
         assert isinstance(resolved.student, TowerSpec)
         return resolved.student.replace(weights=f"{STAGE_WEIGHTS}distill/{key}")
 
-    def expect_data(self, name: str) -> None:
-        """Takes a path for a data set of this name, which no stage's `data` field names."""
-        self._names.add(name)
-
-    def check_paths(self) -> None:
-        """Raises UnknownName if a path was given for a data set that no stage reads."""
-        for name in self.plan.scale.data_paths:
-            if name and name not in self._names:
-                raise unknown_name("data set", name, self._names)
+    def expect_data(self, *names: str) -> None:
+        """Takes a path for a data set of these names, which no stage's `data` field names."""
+        self.names.update(names)
 
     def teacher(self, recipe: Distill, path: list[str]) -> TowerSpec | None:
         """Returns the teacher's tower; adds the stage that trains it where there is one."""
@@ -315,7 +310,9 @@ class Planner:
     def _source(self, spec: Any, content: Content = "captions") -> Source | None:
         """Finds a data set once; absent data are noted, not fatal: a plan may come first."""
         assert isinstance(spec, DataSpec)
-        self._names.update(data_names(spec, self.plan.scale))
+        self.names.update(data_names(spec, self.plan.scale))
+        if spec.urls == self.plan.scale.data_paths.get(""):
+            self.names.add("")
         name = (spec.model_dump_json(), content)
         if name not in self._sources:
             try:
@@ -396,5 +393,5 @@ def make_plan(
     planner = Planner(storage, scale, overrides)
     for sweep in sweeps:
         planner.add(sweep)
-    planner.check_paths()
+    check_paths(scale.data_paths, planner.names)
     return planner.plan

@@ -18,7 +18,7 @@ from kdscale.core.config import Distill
 from kdscale.core.journal import JournalReader, Line, read_steps
 from kdscale.core.storage import Lease, Storage
 from kdscale.core.types import StorageError
-from kdscale.sweep.grid import label
+from kdscale.sweep.naming import label
 from kdscale.sweep.plan import Plan, Stage
 
 PRINT_EVERY_S = 5.0
@@ -166,6 +166,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     _print_savings(plan, console)
     for text in sorted(set(plan.missing)):
         console.print(f"[yellow]missing:[/] {text}")
+    for text in dict.fromkeys(plan.notes):
+        console.print(f"[yellow]note:[/] {escape(text)}")
 
 
 def _answers_label(stages: Sequence[Stage]) -> str:

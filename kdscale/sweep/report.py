@@ -14,7 +14,8 @@ from typing import Any, cast
 from kdscale.analysis.stats import Interval
 from kdscale.core.config import Distill, TowerSpec
 from kdscale.core.types import unknown_name
-from kdscale.sweep.grid import Sweep, label
+from kdscale.sweep.grid import Sweep
+from kdscale.sweep.naming import label
 from kdscale.sweep.outcomes import (
     DONE,
     LEVEL,
@@ -180,7 +181,7 @@ def build_report(plan: Plan, sweeps: Sequence[Sweep], *, command: str | None = N
     distilled = [trial for trial in chosen if isinstance(trial.trial.recipe, Distill)]
     keys = dict.fromkeys(key for trial in chosen for key in trial.path)
     outcomes = {key: read_outcome(plan.stages[key], plan.storage) for key in keys}
-    warnings = list(dict.fromkeys(plan.missing))
+    warnings = list(dict.fromkeys([*plan.missing, *plan.notes]))
     trials: list[TrialRow] = []
     tables: list[Table] = []
     for sweep in sweeps:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import kdscale.eval
 from kdscale.core.answers_config import Answers, answers_key
 from kdscale.core.config import Execution
-from kdscale.core.scale import Scale, lookup
+from kdscale.core.scale import Scale, data_names, lookup, path_of
 from kdscale.core.storage import StageStore, Storage
 from kdscale.core.vlm_config import SuiteSpec
 from kdscale.eval.benchmarks import BENCHMARKS, find_benchmark
@@ -27,11 +27,16 @@ def suite_of(value: str | SuiteSpec | None, scale: Scale) -> SuiteSpec | None:
     """Returns what a recipe's suite stands for, with the place of its files filled in.
 
     The place is absolute: Ray's processes work in directories of their own.
+
+    Raises:
+        ConfigError: If the user gave a place for a suite that is drawn.
     """
     suite: SuiteSpec | None = lookup("suite", value, scale.suites)
-    if suite is None or suite.mini is not None:
+    if suite is None:
+        return None
+    data = path_of(suite, scale) or suite.data
+    if suite.mini is not None:
         return suite
-    data = scale.data_paths.get(suite.name, suite.data)
     return suite.replace(data=data and str(Path(data).expanduser().absolute()))
 
 
@@ -52,7 +57,7 @@ def add_suite(
         MissingBenchmark, BadBenchmark: Its files are not there, or malformed.
     """
     storage = planner.plan.storage
-    planner.expect_data(suite.name)
+    planner.expect_data(*data_names(suite, planner.plan.scale))
     directory = suite_directory(suite, storage)
     if directory is None:
         note = f"benchmarks of {suite.name}: say --data {suite.name}=DIR"

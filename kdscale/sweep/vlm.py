@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kdscale.core.config import STAGE_WEIGHTS, Distill, TowerSpec
-from kdscale.core.scale import Scale, language_model, lookup, resolve_vlm
+from kdscale.core.scale import Scale, known_questions, language_model, lookup, resolve_vlm
 from kdscale.core.types import unknown_name
 from kdscale.core.vlm_config import (
     FEATURES_STAGE,
@@ -21,7 +21,7 @@ from kdscale.core.vlm_config import (
 )
 from kdscale.core.vlm_recipes import VLM_RECIPES
 from kdscale.stages.jobs import vlm_features
-from kdscale.sweep.check import check_vlm
+from kdscale.sweep.check import check_stages, check_vlm
 from kdscale.sweep.suite import add_suite, suite_of
 
 if TYPE_CHECKING:
@@ -35,6 +35,21 @@ def add_vlm(planner: Planner, recipe: Vlm, name: str, path: list[str]) -> None:
         UnknownName: If a role or the recipe's name is not known.
         ConfigError: If a stage cannot run.
     """
+    # Features come before both, so that the stages that train stay neighbours: they share workers.
+    first, second = (_cached(planner, stage, path) for stage in _stages(planner, recipe, path))
+    planner.add_stage("pretrain", name, first, path)
+    key = planner.add_stage("finetune", name, second, path)
+    questions = _questions(planner, recipe)
+    if questions is not None:
+        ask = Evaluate(model=f"{STAGE_WEIGHTS}finetune/{key}", questions=questions, run=second.run)
+        planner.add_stage("evaluate", name, ask, path)
+    suite = suite_of(recipe.suite, planner.plan.scale)
+    if suite is not None:
+        add_suite(planner, suite, f"{STAGE_WEIGHTS}finetune/{key}", second.run, path)
+
+
+def _stages(planner: Planner, recipe: Vlm, path: list[str]) -> tuple[VlmStage, VlmStage]:
+    """Returns both stages that train, resolved; adds those that train the tower."""
     scale = planner.plan.scale
     if recipe.recipe not in VLM_RECIPES:
         raise unknown_name("VLM recipe", recipe.recipe, VLM_RECIPES)
@@ -43,26 +58,28 @@ def add_vlm(planner: Planner, recipe: Vlm, name: str, path: list[str]) -> None:
         "llm": language_of(planner, recipe.llm, path),
         "seed": recipe.seed,
     }
-    settings = VLM_RECIPES[recipe.recipe]
+    run, settings = {"run": recipe.run}, VLM_RECIPES[recipe.recipe]
     limits = {k: v for k, v in planner.overrides.items() if k in ("max_steps", "run")}
-    first = Pretrain(**settings[0] | recipe.pretrain | shared)
+    first = Pretrain(**run | settings[0] | recipe.pretrain | shared)
     first = resolve_vlm(first, scale, limits | _set(planner, "pretrain"))
     check_vlm(first)
     projector = f"{STAGE_WEIGHTS}pretrain/{planner.key_of('pretrain', first)}"
-    second = Finetune(**settings[1] | recipe.finetune | shared, projector=projector)
+    second = Finetune(**run | settings[1] | recipe.finetune | shared, projector=projector)
     second = resolve_vlm(second, scale, limits | _set(planner, "finetune"))
     check_vlm(second)
-    # Features come before both, so that the stages that train stay neighbours: they share workers.
-    first, second = (_cached(planner, stage, path) for stage in (first, second))
-    planner.add_stage("pretrain", name, first, path)
-    key = planner.add_stage("finetune", name, second, path)
-    questions: QuestionsSpec | None = lookup("questions", recipe.questions, scale.questions)
-    if questions is not None:
-        ask = Evaluate(model=f"{STAGE_WEIGHTS}finetune/{key}", questions=questions, run=second.run)
-        planner.add_stage("evaluate", name, ask, path)
-    suite = suite_of(recipe.suite, scale)
-    if suite is not None:
-        add_suite(planner, suite, f"{STAGE_WEIGHTS}finetune/{key}", second.run, path)
+    check_stages(first, second)
+    return first, second
+
+
+def _questions(planner: Planner, recipe: Vlm) -> QuestionsSpec | None:
+    """Returns what a VLM is asked; notes questions that only another scale has."""
+    scale = planner.plan.scale
+    found: QuestionsSpec | None = lookup("questions", recipe.questions, known_questions(scale))
+    if found is None and recipe.questions is not None:
+        note = f"questions {recipe.questions!r} are not asked: the scale {scale.name!r} has none"
+        if note not in planner.plan.notes:
+            planner.plan.notes.append(note)
+    return found
 
 
 def _cached(planner: Planner, stage: VlmStage, path: list[str]) -> VlmStage:
