@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,15 +15,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import jpeg
-from safetensors.torch import load_file
-from talks import manifest_of, parts_of, write_talks
+from safetensors.torch import load_file, save_file
+from talks import manifest_of, parts_of, talk, write_talks
 from vlm_parts import LANGUAGES, TOWERS, language, tower
 
 from kdscale.core.checkpoints import Checkpoints
 from kdscale.core.config import DataSpec, Execution, MiniWorld
 from kdscale.core.journal import read_steps
+from kdscale.core.scale import TRUE_SIZE_CPU, language_model
 from kdscale.core.storage import Storage
-from kdscale.core.types import CheckpointError, TrainingDiverged
+from kdscale.core.types import CheckpointError, ConfigError, DataError, TrainingDiverged
 from kdscale.core.vlm_config import Evaluate, Finetune, Pretrain, QuestionsSpec
 from kdscale.core.vlm_recipes import VLM_RECIPES
 from kdscale.data.instruct_stream import InstructBatch, InstructStream
@@ -32,8 +34,8 @@ from kdscale.stages.answer import EvaluateRun
 from kdscale.stages.jobs import EvaluateJob, VlmJob
 from kdscale.stages.loop import World
 from kdscale.stages.streams import instruct_config, vlm_inputs
-from kdscale.stages.vlm import build, draw
-from kdscale.stages.vlm_run import VlmRun, pack, unpack
+from kdscale.stages.vlm import LEARNT, build, draw
+from kdscale.stages.vlm_run import FACTS, VlmRun, pack, unpack
 
 STEPS = 2
 SMALL = {
@@ -224,6 +226,117 @@ def test_a_checkpoint_of_other_workers_is_refused_under_deepspeed(
     sharded = changed(longer, run=Execution(num_workers=1, deepspeed=True))
     with pytest.raises(CheckpointError, match=r"written by 1 worker.*without DeepSpeed"):
         attempt(sharded)
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        ({"template": "qwen2_instruct"}, "template 'qwen2_instruct' ends answers with"),
+        ({"max_length": 150}, "max_length 150 leaves no room for text beside an image"),
+        ({"max_length": 513}, "beyond the 512 positions that qwen2_0_5b was trained for"),
+    ],
+)
+def test_a_stage_that_could_learn_nothing_is_refused(
+    fields: dict[str, Any], found: str, tmp_path: Path, talks: Manifest
+) -> None:
+    _, job = jobs(tmp_path, "tinyllava", ("vit_t16", "qwen2_0_5b"), (talks, talks))
+    with pytest.raises(ConfigError, match=found):
+        vlm_inputs(changed(job, **fields).recipe)
+
+
+@pytest.mark.parametrize("name", LANGUAGES)
+def test_recipes_fit_the_language_models_of_the_study(name: str) -> None:
+    """At true lengths, with the tower of the most tokens."""
+    parts: dict[str, Any] = {
+        "vision": TRUE_SIZE_CPU.teachers["siglip_so400m"],
+        "llm": language_model(name, TRUE_SIZE_CPU),
+    }
+    for settings in itertools.chain.from_iterable(VLM_RECIPES.values()):
+        assert vlm_inputs(Finetune(**settings | parts)).num_image_tokens in (728, 729)
+
+
+def masked_talks(folder: Path, write_tar: Any, masked: range) -> Manifest:
+    """Writes eight samples; an answer that spells out the end masks its sample."""
+    members: list[tuple[str, bytes]] = []
+    for number in range(8):
+        answer = "a <|endoftext|> b" if number in masked else "a thing"
+        record = {"id": str(number), "conversations": talk("what is it?", answer)}
+        members.append((f"{number:06d}.json", json.dumps(record).encode()))
+    return manifest_of(write_tar(folder / "0.tar", members))
+
+
+def test_masked_samples_are_counted_and_a_step_of_them_is_refused(
+    tmp_path: Path, write_tar: Any, talks: Manifest
+) -> None:
+    _, job = jobs(tmp_path, "tinyllava", ("vit_t16", "qwen2_0_5b"), (talks, talks))
+    job = changed(job, projector=None)
+    some = replace(job, data=masked_talks(tmp_path, write_tar, range(3)))
+    attempt(some)
+    assert sum(line["masked"] for line in read_steps(some.stage)) == 3 / 4
+    every = replace(job, key="e" * 16, data=masked_talks(tmp_path, write_tar, range(8)))
+    with pytest.raises(DataError, match="step 1 teaches nothing: all of its 4 samples"):
+        attempt(every)
+    assert not every.stage.is_done()
+
+
+def test_a_stage_that_missed_steps_is_not_done(tmp_path: Path, talks: Manifest) -> None:
+    _, job = jobs(tmp_path, "tinyllava", ("vit_t16", "qwen2_0_5b"), (talks, talks))
+    job = changed(job, projector=None)
+    stream = InstructStream(None, replace(instruct_config(job), own_steps=STEPS), 0)
+    with pytest.raises(DataError, match="ended after step 1 of 2"):
+        VlmRun(job, World(), lambda _: None).train(lambda _: itertools.islice(stream, 1))
+    assert not job.stage.is_done()
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(
+    tmp_path: Path, talks: Manifest
+) -> None:
+    _, job = jobs(tmp_path, "tinyllava", ("vit_t16", "qwen2_0_5b"), (talks, talks))
+    job = replace(changed(job, projector=None), total_steps=5)
+    attempt(job, stop=4)
+    newest = tmp_path.joinpath("store", *job.stage.parts, "checkpoints", "step-000000004.pt")
+    whole = newest.read_bytes()
+    for damaged in (
+        whole[: len(whole) // 2],
+        b"",
+        whole[10240:],
+        pack_without_facts(whole, tmp_path),
+    ):
+        newest.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=rf"{newest}.*goes on from step 2"):
+            attempt(job)
+    newest.unlink()
+    assert len(attempt(job)) == 5
+    assert job.stage.is_done()
+
+
+def pack_without_facts(checkpoint: bytes, scratch: Path) -> bytes:
+    """Packs a checkpoint without its last file, as one that was cut between two is read."""
+    unpack(checkpoint, scratch / "cut")
+    (scratch / "cut" / FACTS).unlink()
+    return pack(scratch / "cut")
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, talks: Manifest) -> None:
+    _, job = jobs(tmp_path, "tinyllava", ("vit_t16", "qwen2_0_5b"), (talks, talks))
+    job = replace(changed(job, projector=None), total_steps=3)
+    attempt(job, stop=2)
+    checkpoints, folder = Checkpoints(job.stage, keep=1), tmp_path / "unpacked"
+    unpack(checkpoints.load(2), folder)
+    state = load_file(folder / LEARNT)
+    name = "model.multi_modal_projector.linear_1.bias"
+    fewer = {key: value for key, value in state.items() if key != name}
+    for other in (fewer, state | {name: torch.zeros(3)}):
+        save_file(other, folder / LEARNT)
+        checkpoints.save(2, pack(folder))
+        checkpoints.wait()
+        with pytest.raises(CheckpointError, match=r"another model.*remove the stage's checkpoints"):
+            attempt(job)
+    (folder / LEARNT).write_bytes(b"no tensors")
+    checkpoints.save(2, pack(folder))
+    checkpoints.wait()
+    with pytest.raises(CheckpointError, match=r"learnt.safetensors of checkpoint-2 cannot be read"):
+        attempt(job)
 
 
 def test_noise_is_a_function_of_seed_step_and_place() -> None:

@@ -119,7 +119,7 @@ _BODY = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 512,
     "tie_word_embeddings": True,
 }
 
@@ -136,7 +136,7 @@ def language(name: str, folder: Path) -> LanguageModelSpec:
         config={"model_type": family, "vocab_size": rows, **_BODY},
         tokenizer=str(folder / "bytes"),
         hidden=32,
-        context_length=256,
+        context_length=512,
         mparams=0.03,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from kdscale.core.storage import StageStore
+from kdscale.core.types import CheckpointError
 
 
 class Checkpoints:
@@ -51,6 +52,23 @@ class Checkpoints:
     def load_part(self, step: int, rank: int) -> bytes:
         """Reads what `save_part` wrote."""
         return self._stage.storage.read(*self._stage.parts, "checkpoints", _part(step, rank))
+
+    def damaged(self, step: int, found: Exception, rank: int = 0) -> CheckpointError:
+        """Builds the error for a checkpoint that cannot be read.
+
+        Args:
+            step: The checkpoint's.
+            found: What reading it came upon.
+            rank: The worker whose part it was.
+        """
+        before = [other for other in self._steps() if other < step]
+        then = f"goes on from step {before[-1]}" if before else "begins anew"
+        whole = self._stage.url("checkpoints", _name(step))
+        part = f"'s part of worker {rank}" if rank else ""
+        return CheckpointError(
+            f"the checkpoint {whole}{part} is damaged ({found}): remove that file, and the stage "
+            f"{then}"
+        )
 
     def _write(self, step: int, state: bytes) -> None:
         storage, parts = self._stage.storage, (*self._stage.parts, "checkpoints")

@@ -155,7 +155,8 @@ class VlmStage(Recipe):
         length_grouping: Draw neighbours of like modality and length into megabatches of
             `group_size` samples.
         warmup_ratio: Share of the steps that warm up; cosine to zero afterwards.
-        max_length: Tokens after which a conversation is cut.
+        max_length: Tokens after which a conversation is cut; at most the language model's
+            `context_length`.
         max_steps: Stop after this many optimizer steps; the schedule ends there too.
         precision: None takes the scale's.
         zero_stage: DeepSpeed's ZeRO stage where the execution uses DeepSpeed.

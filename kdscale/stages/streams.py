@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from kdscale.core.config import TowerSpec
+from kdscale.core.types import ConfigError
 from kdscale.core.vlm_config import ImageMode, LanguageModelSpec, VlmStage
+from kdscale.data.instruct import check_template
 from kdscale.data.instruct_stream import InstructConfig
 from kdscale.data.samples import Crop
 from kdscale.data.stream import StreamConfig
@@ -51,6 +53,11 @@ def vlm_inputs(recipe: VlmStage) -> VlmInputs:
     """Returns what data tasks need of a VLM's models, made once where the models' code is loaded.
 
     Data tasks then start without torch, which would cost each of them many seconds.
+
+    Raises:
+        ConfigError: Conversations of `max_length` are longer than the language model was trained
+            for, or leave no room beside an image; or the template teaches nothing with its
+            tokenizer.
     """
     from kdscale.models.hf_towers import num_image_tokens
     from kdscale.models.language import IMAGE, load_tokenizer
@@ -58,12 +65,25 @@ def vlm_inputs(recipe: VlmStage) -> VlmInputs:
     tower, model = recipe.vision, recipe.llm
     assert isinstance(tower, TowerSpec)
     assert isinstance(model, LanguageModelSpec)
+    if recipe.max_length > model.context_length:
+        raise ConfigError(
+            f"max_length {recipe.max_length} goes beyond the {model.context_length} positions that "
+            f"{model.name} was trained for: lower max_length, or raise the model's context_length"
+        )
     tokenizer: Any = load_tokenizer(model)
-    return VlmInputs(
+    inputs = VlmInputs(
         pickle.dumps(tokenizer),
         int(tokenizer.convert_tokens_to_ids(IMAGE)),
         num_image_tokens(tower, recipe.siglip_tokens, recipe.hierarchical_tokens),
     )
+    check_template(
+        recipe.template,
+        tokenizer,
+        image_token_id=inputs.image_token_id,
+        num_image_tokens=inputs.num_image_tokens,
+        max_length=recipe.max_length,
+    )
+    return inputs
 
 
 def instruct_config(job: VlmJob) -> InstructConfig:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -25,8 +26,10 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor, Trainer,
 
 from kdscale.core.config import STAGE_WEIGHTS, Execution, TowerSpec
 from kdscale.core.storage import Storage
+from kdscale.core.types import CheckpointError
 from kdscale.core.vlm_config import LanguageModelSpec, VlmStage
 from kdscale.data.collate import collate
+from kdscale.data.instruct import IGNORE
 from kdscale.data.instruct_stream import InstructBatch
 from kdscale.data.templates import chat_template
 from kdscale.models.hf_towers import vision_model
@@ -172,13 +175,17 @@ class StepData:
 
     Attributes:
         num_tokens: Attended tokens, images expanded.
+        num_learnt: Tokens with a label.
+        num_masked: Samples without any, as the references have them too.
     """
 
     step: int
     epoch: int
     rows: list[int]
     keys: list[str]
-    num_tokens: int
+    num_tokens: int = 0
+    num_learnt: int = 0
+    num_masked: int = 0
 
 
 class MicroBatches(IterableDataset[dict[str, Any]]):
@@ -203,7 +210,7 @@ class MicroBatches(IterableDataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yields the Trainer's inputs, and `draw`: the seed of the forward pass's noise."""
         for batch in self.source:
-            data = StepData(batch.step, batch.epoch, [], [], 0)
+            data = StepData(batch.step, batch.epoch, [], [])
             self.steps.append(data)
             for place, micro in enumerate(batch.micro):
                 columns = collate(
@@ -215,7 +222,10 @@ class MicroBatches(IterableDataset[dict[str, Any]]):
                 )
                 data.rows += micro.rows.tolist()
                 data.keys += micro.keys
+                learnt_B = (columns["labels"][:, 1:] != IGNORE).sum(dim=1)
                 data.num_tokens += int(columns["attention_mask"].sum())
+                data.num_learnt += int(learnt_B.sum())
+                data.num_masked += int((learnt_B == 0).sum())
                 number = place * self._world.size + self._world.rank
                 yield {**columns, "draw": draw(self._job.recipe.seed, batch.step, number)}
 
@@ -280,7 +290,7 @@ class StageTrainer(Trainer):
         pixels = normalise_pixels(inputs["pixel_values"], tower)
         dtype = next(model.parameters()).dtype
         inputs = inputs | {"pixel_values": pixels.to(dtype)}
-        if bool((inputs["labels"][:, 1:] != -100).any()):
+        if bool((inputs["labels"][:, 1:] != IGNORE).any()):
             return super().compute_loss(model, inputs, *args, **kwargs)
         labels = inputs.pop("labels")
         del labels
@@ -301,11 +311,21 @@ class StageTrainer(Trainer):
         save_file(learnt(model, state_dict), folder / LEARNT)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Reads what `_save` wrote."""
-        state = load_file(f"{resume_from_checkpoint}/{LEARNT}")
+        """Reads what `_save` wrote.
+
+        Raises:
+            CheckpointError: It cannot be read, or is not of this model.
+        """
+        path = Path(resume_from_checkpoint, LEARNT)
+        try:
+            state = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{path.name} of {path.parent.name} cannot be read ({error}): remove that step "
+                "from the stage's checkpoints, and it goes on from the one before"
+            ) from error
         target: Any = model or self.model
-        found = target.load_state_dict(state, strict=False)
-        assert not found.unexpected_keys, found.unexpected_keys
+        fill(target, state)
 
 
 def learnt(model: nn.Module, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -318,3 +338,27 @@ def learnt(model: nn.Module, state: dict[str, Tensor] | None = None) -> dict[str
     names = [name for name, value in model.named_parameters() if value.requires_grad]
     whole = dict(model.named_parameters()) if state is None else state
     return {name: whole[name].detach().cpu().contiguous() for name in names}
+
+
+def fill(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Gives a model in training the tensors that `learnt` has taken from one, in place.
+
+    Raises:
+        CheckpointError: They are not of such a model.
+    """
+    own = {n: p.shape for n, p in model.named_parameters() if p.requires_grad}
+    found = {n: value.shape for n, value in state.items()}
+    differing = sorted(n for n in own.keys() | found.keys() if own.get(n) != found.get(n))
+    if differing:
+        name = differing[0]
+        raise CheckpointError(
+            f"the checkpoint is of another model: {name} is {_shape(found.get(name))} there and "
+            f"{_shape(own.get(name))} here, {len(differing)} differ in all; remove the stage's "
+            "checkpoints, and it begins anew"
+        )
+    model.load_state_dict(state, strict=False)
+
+
+def _shape(shape: torch.Size | None) -> str:
+    """Puts the shape of a tensor that may be absent in words."""
+    return "nothing" if shape is None else f"of shape {tuple(shape)}"

@@ -21,7 +21,7 @@ from kdscale.core.checkpoints import Checkpoints
 from kdscale.core.config import TowerSpec
 from kdscale.core.journal import JournalWriter
 from kdscale.core.storage import check_lease
-from kdscale.core.types import CheckpointError, TrainingDiverged
+from kdscale.core.types import CheckpointError, DataError, TrainingDiverged
 from kdscale.data.instruct_stream import InstructBatch
 from kdscale.models.vlm import merge, save_projector, save_vlm
 from kdscale.stages.jobs import VlmJob
@@ -32,6 +32,7 @@ from kdscale.stages.vlm import (
     MicroBatches,
     StageTrainer,
     build,
+    fill,
     learnt,
     training_arguments,
     uses_deepspeed,
@@ -70,8 +71,9 @@ class VlmRun(TrainerCallback):
 
         Raises:
             TrainingDiverged: If the loss stops being finite.
-            CheckpointError: If the checkpoint was written by another number of workers under
-                DeepSpeed, which cannot share it out anew.
+            DataError: If a step has nothing to learn, or the batches end before the last step.
+            CheckpointError: If the checkpoint cannot be read, or was written by another number of
+                workers under DeepSpeed, which cannot share it out anew.
         """
         with self.scratch:
             start = self.checkpoints.latest_step()
@@ -85,6 +87,7 @@ class VlmRun(TrainerCallback):
             if start < self.job.total_steps:
                 micro.source = self.meter.timed(batches(start))
                 self.trainer.train(resume_from_checkpoint=resumed)
+                self._check_end(self.trainer.state.global_step)
             elif resumed is not None:
                 self.trainer._load_from_checkpoint(resumed)
             self.checkpoints.wait()
@@ -97,7 +100,9 @@ class VlmRun(TrainerCallback):
         trainer = self.trainer
         assert trainer is not None
         data = trainer._batches.steps.popleft()
-        tokens = self.world.sum(torch.tensor(float(data.num_tokens), device=self.world.device))
+        counts = [data.num_tokens, data.num_learnt, data.num_masked]
+        counts = self.world.sum(torch.tensor(counts, device=self.world.device)).tolist()
+        tokens, learnt_tokens, masked = counts
         line: dict[str, Any] = {
             "step": state.global_step,
             "epoch": data.epoch,
@@ -105,10 +110,18 @@ class VlmRun(TrainerCallback):
             "total": trainer.take_loss(self.world),
             "lr": trainer._get_learning_rate(),
         }
-        speed = self.meter.read(self.job.recipe.global_batch_size)
-        per_sample = float(tokens) / self.job.recipe.global_batch_size
-        line |= speed | {"tokens_per_s": speed["samples_per_s"] * per_sample}
+        size = self.job.recipe.global_batch_size
+        speed = self.meter.read(size)
+        line |= speed | {"tokens_per_s": speed["samples_per_s"] * (tokens / size)}
+        line["masked"] = masked / size
         line["peak_mib"] = peak_memory(self.world.device) / 2**20
+        if not learnt_tokens:
+            raise DataError(
+                f"step {line['step']} teaches nothing: all of its {size} samples are masked whole; "
+                f"see whether their answers are empty, spell out what template "
+                f"{self.job.recipe.template!r} ends answers with, or lie beyond max_length "
+                f"{self.job.recipe.max_length}"
+            )
         if not math.isfinite(line["total"]):
             raise TrainingDiverged(
                 f"the loss is {line['total']} at step {line['step']}; lower lr or clip gradients"
@@ -138,8 +151,11 @@ class VlmRun(TrainerCallback):
     def _restore(self, step: int) -> str:
         """Unpacks a checkpoint and returns its directory."""
         folder = Path(self.scratch.name, f"checkpoint-{step}")
-        unpack(self.checkpoints.load(step), folder)
-        facts = json.loads((folder / FACTS).read_text())
+        try:
+            unpack(self.checkpoints.load(step), folder)
+            facts = json.loads((folder / FACTS).read_text())
+        except (tarfile.TarError, FileNotFoundError, ValueError) as error:
+            raise self.checkpoints.damaged(step, error) from error
         now = {"size": self.world.size, "deepspeed": uses_deepspeed(self.job.recipe)}
         if (facts["deepspeed"] or now["deepspeed"]) and facts != now:
             raise CheckpointError(
@@ -149,8 +165,19 @@ class VlmRun(TrainerCallback):
             )
         if facts["deepspeed"]:
             for rank in range(1, facts["size"]):
-                unpack(self.checkpoints.load_part(step, rank), folder)
+                try:
+                    unpack(self.checkpoints.load_part(step, rank), folder)
+                except tarfile.TarError as error:
+                    raise self.checkpoints.damaged(step, error, rank) from error
         return str(folder)
+
+    def _check_end(self, step: int) -> None:
+        """Refuses to call a stage done that has not taken all its steps."""
+        if step != self.job.total_steps:
+            raise DataError(
+                f"training ended after step {step} of {self.job.total_steps}: the stream gave no "
+                "more batches"
+            )
 
     def _finish(self, built: Built) -> None:
         """Writes what the stage has learnt and marks it done."""
@@ -175,8 +202,7 @@ class VlmRun(TrainerCallback):
 
         unset_hf_deepspeed_config()
         model = build(self.job, torch.device("cpu")).model
-        missing = model.load_state_dict(learnt(model, whole), strict=False)
-        assert not missing.unexpected_keys
+        fill(model, learnt(model, whole))
         return model
 
     def _write_output(self, model: Any, built: Built) -> None:
@@ -231,7 +257,7 @@ def pack(folder: Path) -> bytes:
 
 def unpack(data: bytes, folder: Path) -> None:
     """Unpacks what `pack` has made."""
-    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
         tar.extractall(folder, filter="data")
 
 
