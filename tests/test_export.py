@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 from vlm_parts import CHAT, language, tower
 
 from kdscale.core.catalog_mini import MINI_STUDENTS
@@ -48,8 +50,24 @@ def test_stock_model_opens_without_kdscale(tmp_path: Path) -> None:
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert {value.dtype for value in stored.values()} == {torch.bfloat16}
     assert "kdscale.models" not in (tmp_path / "out" / "README.md").read_text()
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").padding_side == "left"
     with pytest.raises(FolderTaken):
         export_hf(source, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_an_export_that_answers_batches_otherwise_is_an_error(tmp_path: Path) -> None:
+    source, image = save_model(tower("vit_t16"), tmp_path), tmp_path / "probe.png"
+    Image.fromarray(export._probe_image()).save(image)
+    ours = export._answer(*vlm.load_vlm(source), image)
+    for side in ("left", "right"):
+        AutoTokenizer.from_pretrained(source, padding_side=side).save_pretrained(source)
+        theirs = export._read_elsewhere(source, image, None, tmp_path / "read")
+        if side == "left":
+            export._compare(source, ours, theirs)
+            continue
+        with pytest.raises(ExportMismatch, match="asked in one batch"):
+            export._compare(source, ours, theirs)
 
 
 @pytest.mark.slow
@@ -70,7 +88,11 @@ def test_hierarchical_model_opens_with_one_import(name: str, tmp_path: Path) -> 
 
 
 def test_changed_answers_are_an_error() -> None:
-    right = {"logits": torch.randn(1, 5, 7), "answer": torch.arange(4)[None]}
+    right = {
+        "logits": torch.randn(1, 5, 7),
+        "answer": torch.arange(4)[None],
+        "next": torch.randn(2, 7),
+    }
     target = Path("somewhere")
     assert export._compare(target, right, dict(right))[0] == 0
     for wrong in (
@@ -78,6 +100,7 @@ def test_changed_answers_are_an_error() -> None:
         {"logits": right["logits"][:, 1:]},
         {"logits": right["logits"] * float("nan")},
         {"answer": right["answer"] + 1},
+        {"next": right["next"].flip(0)},
     ):
         with pytest.raises(ExportMismatch):
             export._compare(target, right, right | wrong)

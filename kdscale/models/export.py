@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from kdscale.core.config import TowerSpec
 from kdscale.core.storage import Storage
@@ -37,14 +38,14 @@ from kdscale.models.vlm import load_vlm, save_vlm
 
 TOLERANCE = 1e-4
 NEW_TOKENS = 8
-QUESTION = "What is in the picture?"
+QUESTIONS = ("What is in the picture?", "What is in the picture? Answer with a single word.")
 EXTRA_IMPORT = "kdscale.models.token_timm"
 PROBE_TEXTS = ("a red circle left of a blue square", "two dogs", "")
 
 # Runs where kdscale cannot be imported, unless its one module is what the directory needs.
 READER = """
 import importlib, sys
-directory, image, question, extra, new_tokens, out, threads = sys.argv[1:]
+directory, image, extra, new_tokens, out, threads, *questions = sys.argv[1:]
 if extra:
     importlib.import_module(extra)
 else:
@@ -56,14 +57,21 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 torch.set_num_threads(int(threads))
 model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
 processor = AutoProcessor.from_pretrained(directory, backend="pil")
-parts = [{"type": "image"}, {"type": "text", "text": question}]
-messages = [{"role": "user", "content": parts}]
-prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-inputs = processor(images=Image.open(image), text=prompt, return_tensors="pt")
+def prompt(question):
+    parts = [{"type": "image"}, {"type": "text", "text": question}]
+    messages = [{"role": "user", "content": parts}]
+    return processor.apply_chat_template(messages, add_generation_prompt=True)
+inputs = processor(images=Image.open(image), text=prompt(questions[0]), return_tensors="pt")
+images, prompts = [Image.open(image) for _ in questions], [prompt(q) for q in questions]
+both = processor(images=images, text=prompts, padding=True, return_tensors="pt")
+first = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
 with torch.no_grad():
-    logits = model(**inputs).logits
-    answer = model.generate(**inputs, max_new_tokens=int(new_tokens), do_sample=False)
-save_file({"logits": logits.contiguous(), "answer": answer.contiguous()}, out)
+    found = {
+        "logits": model(**inputs).logits,
+        "answer": model.generate(**inputs, max_new_tokens=int(new_tokens), do_sample=False),
+        "next": model.generate(**both, do_sample=False, **first).logits[0],
+    }
+save_file({name: value.contiguous() for name, value in found.items()}, out)
 """
 
 CARD = """---
@@ -114,6 +122,9 @@ def export_hf(source_dir: str | Path, target_dir: str | Path) -> ExportReport:
     """
     with _new(target_dir) as target, tempfile.TemporaryDirectory() as scratch:
         model, processor = load_vlm(source_dir, dtype="auto")
+        # On the right, padding would part a batch's shorter prompts from their answers. The side
+        # is saved only where the tokenizer was made with it.
+        processor.tokenizer = AutoTokenizer.from_pretrained(source_dir, padding_side="left")
         stock = not isinstance(model.config.vision_config, TokenTimmConfig)
         extra = None if stock else EXTRA_IMPORT
         save_vlm(model, processor, target)
@@ -208,20 +219,24 @@ def _probe_image() -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def _answer(model: Any, processor: Any, image: Path) -> dict[str, Tensor]:
-    """Our own logits and greedy answer to the probe."""
-    parts = [{"type": "image"}, {"type": "text", "text": QUESTION}]
-    prompt = processor.apply_chat_template(
-        [{"role": "user", "content": parts}], add_generation_prompt=True
-    )
-    inputs = processor(images=Image.open(image), text=prompt, return_tensors="pt")
+    """Our own logits and greedy answer to the first probe, and what follows each one alone."""
+    asked: list[Any] = []
+    for question in QUESTIONS:
+        parts = [{"type": "image"}, {"type": "text", "text": question}]
+        prompt = processor.apply_chat_template(
+            [{"role": "user", "content": parts}], add_generation_prompt=True
+        )
+        asked.append(processor(images=Image.open(image), text=prompt, return_tensors="pt"))
     with torch.no_grad():
-        answer = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-        return {"logits": model(**inputs).logits, "answer": answer}
+        answer = model.generate(**asked[0], max_new_tokens=NEW_TOKENS, do_sample=False)
+        logits = [model(**inputs).logits for inputs in asked]
+    following = torch.cat([alone[:, -1] for alone in logits])
+    return {"logits": logits[0], "answer": answer, "next": following}
 
 
 def _read_elsewhere(target: Path, image: Path, extra: str | None, out: Path) -> dict[str, Tensor]:
-    """Logits and answer of a fresh process."""
-    arguments = [target, image, QUESTION, extra or "", NEW_TOKENS, out, torch.get_num_threads()]
+    """Logits and answer of a fresh process, and what follows each probe in a batch of both."""
+    arguments = [target, image, extra or "", NEW_TOKENS, out, torch.get_num_threads(), *QUESTIONS]
     paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [sys.executable, "-c", READER, *map(str, arguments)],
@@ -253,10 +268,17 @@ def _has_public_tokenizer(spec: TowerSpec) -> bool:
 def _compare(
     target: Path, ours: dict[str, Tensor], theirs: dict[str, Tensor]
 ) -> tuple[float, float]:
-    """The difference of the logits and its tolerance; answers must be equal."""
+    """The difference of the logits and its tolerance; answers must be equal, also in a batch."""
     difference = _difference(target, ours["logits"], theirs["logits"])
     if not torch.equal(ours["answer"], theirs["answer"]):
         raise ExportMismatch(f"{target}: equal logits and another answer than the original's")
+    try:
+        _difference(target, ours["next"], theirs["next"])
+    except ExportMismatch as error:
+        raise ExportMismatch(
+            f"{error} where prompts of unequal length are asked in one batch: is its tokenizer's "
+            "padding_side 'left'?"
+        ) from error
     return difference
 
 
