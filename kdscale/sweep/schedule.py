@@ -26,7 +26,14 @@ import ray.tune
 from kdscale.core.answers_config import Answers
 from kdscale.core.config import Distill, Embed, Execution
 from kdscale.core.storage import Lease, Storage
-from kdscale.core.types import ImpossibleResources, MissingBenchmark, StageFailed, StageRefused
+from kdscale.core.types import (
+    ImpossibleResources,
+    KdscaleError,
+    MissingBenchmark,
+    StageFailed,
+    StageRefused,
+    final_cause,
+)
 from kdscale.core.vlm_config import Evaluate, Features, Language
 from kdscale.data.shards import Content, check_labels
 from kdscale.stages.inputs import content_of, find_source, questions_file
@@ -299,7 +306,9 @@ def _run_trial(config: dict[str, Any], plan: Plan) -> dict[str, Any]:
     trial = waiting_trials(plan)[config["trial"]]
     try:
         run_stages([plan.stages[key] for key in trial.path], plan.storage)
-    except StageRefused as error:
+    except KdscaleError as error:
+        if not isinstance(error, StageRefused) and final_cause(error) is None:
+            raise
         return {"key": trial.key, REFUSED: str(error)}  # Tune would try again
     return {"key": trial.key}
 

@@ -1,0 +1,138 @@
+"""The walk: every cell of every table built once at true size, and one step taken.
+
+Cells that differ in nothing that is built (data, seed, epochs, learning rate, the numbers in the
+weights) share a build; each cell names the stages that cover it. What is walked is an ordinary
+plan, run by the ordinary schedule, so a walk that is killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+from kdscale.core.keys import describe
+from kdscale.sweep.plan import Plan, PlannedTrial, Stage
+
+SUMMARY = ("walk", "summary.json")
+CHANGED = "global batch 2, accumulation 1, fp32, 4 new tokens"
+# What may differ between cells without anything else being built.
+SAME_BUILD = frozenset(
+    {"data", "seed", "crop_seed", "epochs", "lr", "projector_lr", "warmup_steps", "warmup_ratio"}
+    | {"model", "projector", "max_steps", "features", "teacher_outputs", "eval_outputs"}
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One trial of a sweep, and what stands for it.
+
+    Attributes:
+        builds: {signature of a stage of the trial: key of the stage that was run for it}.
+    """
+
+    sweep: str
+    name: str
+    builds: dict[str, str]
+
+    def is_covered(self, done: Iterable[str]) -> bool:
+        """Tells whether everything that stands for it is finished."""
+        return set(self.builds.values()) <= set(done)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Walk:
+    """What is to be walked.
+
+    Attributes:
+        plan: The trials that are run, each with the stages that no earlier one covers.
+        cells: Every trial of the sweeps.
+    """
+
+    plan: Plan
+    cells: tuple[Cell, ...]
+
+    def done(self) -> set[str]:
+        """Returns the keys of the stages that are finished."""
+        stages = self.plan.stages.values()
+        return {stage.key for stage in stages if stage.store(self.plan.storage).is_done()}
+
+    def document(self) -> dict[str, Any]:
+        """Returns what was walked as JSON."""
+        done = self.done()
+        kinds = [stage.kind for stage in self.plan.stages.values()]
+        return {
+            "changed": CHANGED,
+            "cells": len(self.cells),
+            "covered": sum(cell.is_covered(done) for cell in self.cells),
+            "stages": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
+            "sweeps": {
+                name: [cell.is_covered(done) for cell in self.cells if cell.sweep == name]
+                for name in dict.fromkeys(cell.sweep for cell in self.cells)
+            },
+            "builds": {f"{cell.sweep}: {cell.name}": cell.builds for cell in self.cells},
+        }
+
+
+def walk_of(plan: Plan) -> Walk:
+    """Reduces a plan to the stages that differ in what they build.
+
+    Args:
+        plan: All cells, at a scale of true size.
+
+    Returns:
+        A plan whose trials run each distinct build once, with the stages that it needs.
+    """
+    known: dict[str, str] = {}
+    trials: list[PlannedTrial] = []
+    cells: list[Cell] = []
+    for trial in plan.trials:
+        signatures = {key: signature(plan.stages[key]) for key in trial.path}
+        fresh = [key for key, found in signatures.items() if found not in known]
+        for key in fresh:
+            known.setdefault(signatures[key], key)
+        needed = _with_inputs(fresh, plan.stages)
+        if needed:
+            path = tuple(key for key in trial.path if key in needed)
+            trials.append(replace(trial, path=path))
+        builds = {found: known[found] for found in signatures.values()}
+        cells.append(Cell(sweep=trial.sweep, name=trial.trial.name, builds=builds))
+    used = {key for trial in trials for key in trial.path}
+    stages = {key: stage for key, stage in plan.stages.items() if key in used}
+    return Walk(plan=replace(plan, trials=trials, stages=stages), cells=tuple(cells))
+
+
+def signature(stage: Stage) -> str:
+    """Names what a stage builds: its kind and recipe without what changes numbers alone."""
+    text = json.dumps([stage.kind, _pruned(describe(stage.recipe, {}))], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _pruned(value: Any) -> Any:
+    """Leaves out the fields of `SAME_BUILD`, and which stage weights come from."""
+    if isinstance(value, Mapping):
+        items = cast("Mapping[str, Any]", value).items()
+        return {k: _weights(v) if k == "weights" else _pruned(v) for k, v in items
+                if k not in SAME_BUILD}  # fmt: skip
+    if isinstance(value, list):
+        return [_pruned(item) for item in cast("Sequence[Any]", value)]
+    return value
+
+
+def _weights(value: Any) -> Any:
+    """A trained tower is read from a file, a random one is drawn: both are walked."""
+    return value.split("/")[0] if isinstance(value, str) and value.startswith("stage:") else value
+
+
+def _with_inputs(keys: Sequence[str], stages: Mapping[str, Stage]) -> set[str]:
+    """Returns stages and, transitively, those that they need."""
+    found: set[str] = set()
+    left = list(keys)
+    while left:
+        key = left.pop()
+        if key not in found:
+            found.add(key)
+            left += stages[key].inputs
+    return found
