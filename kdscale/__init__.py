@@ -4,12 +4,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kdscale.core.config import DataSpec, Distill, Execution, MiniWorld, TowerSpec, ZeroShotSpec
+    from kdscale.core.config import (
+        CkaSpec,
+        DataSpec,
+        Distill,
+        Execution,
+        MiniWorld,
+        TowerSpec,
+        ZeroShotSpec,
+    )
     from kdscale.core.vlm_config import LanguageModelSpec, Lora, QuestionsSpec, Vlm
     from kdscale.sweep.grid import Pivot, Sweep, choose, product, zipped
 
 __version__ = "0.1.0"
 __all__ = [
+    "CkaSpec",
     "DataSpec",
     "Distill",
     "Execution",

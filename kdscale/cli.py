@@ -44,6 +44,9 @@ Data = Annotated[
     list[str] | None, typer.Option("--data", help="Shards: PATTERN, or NAME=PATTERN per data set.")
 ]
 RandomWeights = Annotated[bool, typer.Option("--random-weights", help="Pretrained towers drawn.")]
+Gates = Annotated[
+    bool, typer.Option("--gates/--no-gates", help="Check pretrained teachers on ImageNet first.")
+]
 MaxSteps = Annotated[int | None, typer.Option("--max-steps", help="Stop every stage there.", min=1)]
 
 
@@ -151,12 +154,13 @@ def sweep_command(action: Callable[[Request], None]) -> Callable[..., None]:
         data: Data = None,
         random_weights: RandomWeights = False,
         max_steps: MaxSteps = None,
+        gates: Gates = True,
         as_json: AsJson = False,
     ) -> None:
         with guarded():
             sweeps = [load_sweep(file) for file in files]
             found = scale_named(scale or _common_scale(sweeps))
-            found = found.replace(data_paths=parse_data(data or []))
+            found = found.replace(data_paths=parse_data(data or []), gates=found.gates and gates)
             if random_weights:
                 found = found.replace(random_weights=True)
             overrides = parse_settings(settings or [], found)

@@ -30,7 +30,8 @@ from kdscale.data.image_sets import ImageSet, NoImages, TooFewImages, read_image
 from kdscale.data.samples import decode
 from kdscale.models.taps import load_tower_of
 from kdscale.models.towers import build_clip, save_clip
-from kdscale.stages.cka import CkaRun, compare, find_images, run_cka
+from kdscale.stages.cka import CkaRun, compare, run_cka
+from kdscale.stages.images import find_images
 from kdscale.stages.jobs import CkaJob
 from kdscale.stages.loop import World
 

@@ -250,7 +250,7 @@ def test_a_finished_stage_needs_no_features(tmp_path: Path) -> None:
 
 
 def test_a_planned_stage_is_run_and_read(tmp_path: Path, write_tar: Any) -> None:
-    from kdscale.sweep.orders import training_job
+    from kdscale.sweep.orders import group_job
     from kdscale.sweep.schedule import run_stages
 
     write_talks(tmp_path, write_tar)
@@ -265,7 +265,7 @@ def test_a_planned_stage_is_run_and_read(tmp_path: Path, write_tar: Any) -> None
     assert plan.document()["feature_cache"] is None  # nothing is known of this tower's work
     run_stages([features], plan.storage)
     assert features.store(plan.storage).record()["cache"]["shape"] == [4, 128]
-    job = training_job(reader, "", plan.storage)
+    job = group_job(reader, "", plan.storage)
     assert isinstance(job, VlmJob)
     assert job.features is not None
     assert job.features.shape == (4, 128)

@@ -29,10 +29,11 @@ from kdscale.sweep.grid import Pivot, Sweep
 from kdscale.sweep.grids import benchmark_grid
 from kdscale.sweep.outcomes import Outcome, read_outcome
 from kdscale.sweep.plan import Plan, Stage, make_plan
+from kdscale.sweep.prepare import prepare
 from kdscale.sweep.progress import print_plan
 from kdscale.sweep.render import print_report
 from kdscale.sweep.report import build_report
-from kdscale.sweep.schedule import prepare, waiting_trials
+from kdscale.sweep.schedule import waiting_trials
 from kdscale.sweep.vlm_outcomes import VlmRow, vlm_rows
 
 Rows = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]

@@ -26,6 +26,8 @@ NOT_IN_KEY: JsonDict = {"in_key": False}
 IN_KEY_UNLESS_DEFAULT: JsonDict = {"in_key": "unless default"}  # for fields that came later
 Precision = Literal["fp32", "bf16", "fp16"]
 Mode = Literal["paper", "corrected"]
+Tap = Literal["patch_mean", "pooled", "vlm"]
+Layers = Literal["final", "all"] | Annotated[int, Field(ge=2)]
 STAGE_WEIGHTS = "stage:"  # in front of <kind>/<key> of the stage that trained the tower
 EMBED_STAGE = "embed:"  # in front of the key of the stage that wrote the cache
 _EMBED = f"{EMBED_STAGE}[0-9a-f]{{16}}"
@@ -206,6 +208,26 @@ class ZeroShotSpec(Spec):
     templates: Literal["openai", "simple", "mini"] | tuple[str, ...] = "openai"
 
 
+class CkaSpec(Spec):
+    """On what, and how, a plan compares a trial's tower with the one that `cka_with` names.
+
+    Attributes:
+        suite: Role of the suite on whose benchmarks' images they are compared; None takes the
+            VLM's own, and none for a distillation.
+        zero_shot: Compare on the zero-shot benchmark's images, too.
+        taps: Which vectors stand for an image, one comparison each (`kdscale.models.taps`). Of a
+            VLM `vlm` is what its projector gives out.
+        layers: `final`, `all` blocks, or a number of evenly spaced ones.
+        n: Images of each set, drawn by content hash; None for all.
+    """
+
+    suite: str | None = None
+    zero_shot: bool = True
+    taps: tuple[Tap, ...] = Field(default=("patch_mean",), min_length=1)
+    layers: Layers = "all"
+    n: int | None = Field(default=None, ge=4)
+
+
 class Execution(Spec):
     """How a stage is run: nothing here changes a number beyond rounding.
 
@@ -313,6 +335,8 @@ class Distill(Recipe):
             fills it in.
         precision: None takes the scale's.
         zero_shot: Benchmark read at every checkpoint, None for none.
+        cka_with: A role or tower that the finished student is compared with, None for none.
+        cka: On what, and how.
     """
 
     kind: ClassVar[str] = "distill"
@@ -344,6 +368,8 @@ class Distill(Recipe):
     seed: int = 0
     precision: Precision | None = None
     zero_shot: str | ZeroShotSpec | None = "imagenet"
+    cka_with: Annotated[str | TowerSpec | None, Field(json_schema_extra=NOT_IN_KEY)] = None
+    cka: Annotated[CkaSpec, Field(json_schema_extra=NOT_IN_KEY)] = CkaSpec()
 
     @property
     def output(self) -> Distill:

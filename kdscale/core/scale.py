@@ -67,6 +67,8 @@ class Scale(Spec):
         data_paths: Where the user's shards are, by data set; "" for every set without a path.
         vlm_sizes: What becomes of `pretrain` and `finetune` stages.
         vlm_run: Execution of the VLM stages, None for that of the others.
+        gates: Hold every pretrained teacher against its published top-1 on `zero_shot["imagenet"]`
+            before anything is distilled from it.
     """
 
     name: str
@@ -84,6 +86,7 @@ class Scale(Spec):
     vlm_sizes: dict[str, VlmSizes] = Field(default_factory=dict)
     run: Execution = Execution()
     vlm_run: Execution | None = None
+    gates: bool = True
 
 
 PAPER = Scale(
@@ -182,7 +185,7 @@ def resolve(recipe: Distill, scale: Scale, overrides: Mapping[str, Any] | None =
     changes: dict[str, Any] = {
         "student": _tower(recipe.student, scale, "student"),
         "data": with_path(lookup("data set", recipe.data, scale.data), scale),
-        "zero_shot": _benchmark(recipe, scale),
+        "zero_shot": benchmark_of(recipe.zero_shot, scale),
         "precision": recipe.precision or scale.precision,
         "epochs": math.ceil(recipe.epochs / sizes.epoch_divisor),
         "global_batch_size": math.ceil(recipe.global_batch_size / sizes.batch_divisor),
@@ -304,9 +307,9 @@ def data_names(spec: DataSpec | SuiteSpec, scale: Scale) -> list[str]:
     return [spec.name, *(role for role, found in known.items() if found.name == spec.name)]
 
 
-def _benchmark(recipe: Distill, scale: Scale) -> ZeroShotSpec | None:
+def benchmark_of(value: str | ZeroShotSpec | None, scale: Scale) -> ZeroShotSpec | None:
     """Looks a zero-shot benchmark up and fills in its path."""
-    spec = lookup("zero-shot benchmark", recipe.zero_shot, scale.zero_shot)
+    spec = lookup("zero-shot benchmark", value, scale.zero_shot)
     return spec and spec.replace(data=with_path(spec.data, scale))
 
 

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from kdscale.core.config import (
     NOT_IN_KEY,
+    CkaSpec,
     DataSpec,
     Distill,
     MiniWorld,
@@ -318,7 +319,7 @@ class Vlm(Recipe):
     """A VLM from a vision tower: projector pretraining, fine-tuning, questions.
 
     A plan expands it to a `Pretrain`, a `Finetune`, an `Evaluate` and, for each benchmark of a
-    suite, `Answers`.
+    suite, `Answers` and, with `cka_with`, a `Cka`.
 
     Attributes:
         vision: A role, a tower, or `distill.output`: the student of a recipe of the same sweep.
@@ -328,6 +329,9 @@ class Vlm(Recipe):
         finetune: Fields of `Finetune` that differ.
         questions: What the finished model is asked, None for nothing.
         suite: Benchmarks that it is asked: a role (`paper16`), a suite, or None.
+        cka_with: A role or tower that its tower is compared with (`distill.teacher`), on the images
+            of the suite and of the zero-shot benchmark; None for no comparison.
+        cka: On what, and how.
     """
 
     kind: ClassVar[str] = "vlm"
@@ -340,4 +344,6 @@ class Vlm(Recipe):
     finetune: FinetuneSettings = Field(default_factory=dict)
     questions: str | QuestionsSpec | None = None
     suite: str | SuiteSpec | None = None
+    cka_with: str | TowerSpec | None = None
+    cka: CkaSpec = CkaSpec()
     seed: int = 0

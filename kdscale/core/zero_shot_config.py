@@ -86,3 +86,19 @@ class ZeroShot(Recipe):
         if self.published is not None and self.images.task == "retrieval":
             raise ValueError("published is a top-1, and this set is one of retrieval")
         return self
+
+
+class Gate(ZeroShot):
+    """Stop a study whose teacher misses its published top-1.
+
+    Another published value judges the same score anew.
+    """
+
+    kind: ClassVar[str] = "gate"
+    version: ClassVar[int] = 1
+
+    @model_validator(mode="after")
+    def _has_a_mark(self) -> Self:
+        if self.published is None or self.limit is not None:
+            raise ValueError("a gate needs a published top-1 and the whole set")
+        return self

@@ -11,7 +11,7 @@ import heapq
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -87,7 +87,7 @@ class ImageSet:
     @cached_property
     def hash(self) -> str:
         """Names the set of contents, whatever their order and place."""
-        return hashlib.sha256("\n".join(sorted(self._places)).encode()).hexdigest()
+        return set_hash(self._places)
 
     def chosen(self, n: int | None = None) -> list[list[int]]:
         """Chooses images: all distinct ones, or the `n` whose hashes are smallest.
@@ -124,6 +124,11 @@ class ImageSet:
             return cls(shards, tuple((str(cause), int(num)) for cause, num in value["faults"]))
         except (ValueError, KeyError, TypeError) as error:
             raise BadManifest(f"no survey of images: {error!r}") from error
+
+
+def set_hash(digests: Iterable[str]) -> str:
+    """Names a set of distinct images by the SHA-256 of each, whatever their order."""
+    return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
 
 
 def survey(where: str, progress: Progress = lambda *_: None) -> ImageSet:

@@ -6,6 +6,8 @@
 | `pooled` | class token after the norm, attention pool or global average; before any projection | its class token; without one, the mean of its tokens |
 | `vlm` | mean of the tokens that a VLM's connector reads: a ViT's last but one block without its first token; a hierarchical network's last stage | the same tokens of that block |
 
+Of a finished VLM every tap is the mean of the tokens that its projector gives out; it has one block.
+
 `vlm` follows TinyLLaVA, which drops the first token of any ViT: CLIP's class token, and a real
 patch of SigLIP, which has no class token. A block of a hierarchical network is one of its stages.
 
@@ -29,8 +31,8 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
-from kdscale.core.config import TowerSpec
-from kdscale.core.eval_config import ImageModelSpec, Layers, Tap
+from kdscale.core.config import STAGE_WEIGHTS, Layers, Tap, TowerSpec
+from kdscale.core.eval_config import ImageModelSpec
 from kdscale.core.storage import Storage
 from kdscale.core.types import ConfigError, WeightsError
 from kdscale.models.preprocess import eval_crop, normalise
@@ -153,6 +155,8 @@ def load_tower_of(
         tower = _from_pair(spec, storage or Storage("."), seed)
     elif spec.library == "timm":
         tower = _from_timm(spec, seed)
+    elif spec.library == "vlm":
+        tower = _from_vlm(spec, storage or Storage("."))
     else:
         tower = _from_transformers(spec)
     tower.model.eval().requires_grad_(False)
@@ -291,3 +295,32 @@ def transformers_states(vision: Any, pixels_BCHW: Tensor, kept: int | None) -> S
         Block(state[:, prefixes:], state[:, :prefixes] if prefixes else None) for state in hidden
     ]
     return States(found, normed[:, prefixes:], pooled, is_grid)
+
+
+def _from_vlm(spec: ImageModelSpec, storage: Storage) -> ImageTower:
+    """Tower and projector of a VLM that a stage has trained; its language model is dropped."""
+    from kdscale.models.vlm import load_vlm
+
+    with storage.local_directory(
+        "stages", *spec.weights.removeprefix(STAGE_WEIGHTS).split("/"), "output", "model"
+    ) as directory:
+        loaded, processor = load_vlm(directory)
+    body: Any = loaded.model
+    body.language_model = nn.Identity()
+    prepare: Any = processor.image_processor
+
+    def render(rgb: Rgb) -> Pixels:
+        return prepare(images=Image.fromarray(rgb), return_tensors="np")["pixel_values"][0]
+
+    return ImageTower(spec.name, body, render, lambda pixels: pixels, partial(vlm_states, body))
+
+
+def vlm_states(body: Any, pixels_BCHW: Tensor, _: int | None) -> States:
+    """What a VLM's projector gives its language model."""
+    features = body.get_image_features(
+        pixels_BCHW,
+        vision_feature_layer=body.config.vision_feature_layer,
+        vision_feature_select_strategy=body.config.vision_feature_select_strategy,
+    )
+    tokens_BTD = torch.stack(tuple(features.pooler_output))
+    return States([Block(tokens_BTD)], tokens_BTD, tokens_BTD.mean(dim=1), is_grid=True)

@@ -21,18 +21,15 @@ import numpy as np
 import torch
 
 from kdscale.analysis.layer_cka import LayerCKA
-from kdscale.core.config import DataSpec
 from kdscale.core.eval_config import Cka
 from kdscale.core.journal import JournalWriter
 from kdscale.core.storage import Storage, check_lease
 from kdscale.core.types import ConfigError, DataError
-from kdscale.data.image_sets import ImageSet, ImageShard, Progress, read_images, survey
-from kdscale.data.raw import expand
+from kdscale.data.image_sets import ImageSet, ImageShard, Progress, read_images
 from kdscale.data.samples import BadImage, decode
 from kdscale.models.taps import ImageTower, load_tower_of
 from kdscale.stages.by_shard import device_for
 from kdscale.stages.cka_result import CkaOutcome, check_enough, check_memory, documents
-from kdscale.stages.inputs import find_source, fingerprint
 from kdscale.stages.jobs import CkaJob
 from kdscale.stages.loop import World, autocast, check_precision
 
@@ -61,31 +58,6 @@ class ShardVectors:
     def num_images(self) -> int:
         """Images that both models have seen."""
         return len(next(iter(self.a.values()), ()))
-
-
-def find_images(spec: DataSpec, storage: Storage, progress: Progress = lambda *_: None) -> ImageSet:
-    """Surveys the images of a data set, or reads the survey that the storage keeps.
-
-    Args:
-        spec: Shards, a folder of images, or a miniature world, which is drawn first.
-        storage: Where drawn data and surveys are kept.
-        progress: As of `kdscale.data.image_sets.survey`.
-
-    Raises:
-        NoShards, NoImages, DataError: As of `survey`.
-    """
-    if spec.mini is not None or spec.urls is None:
-        manifest = find_source(spec, storage).manifest()
-        return survey("{" + ",".join(shard.path for shard in manifest.shards) + "}", progress)
-    try:
-        place = "manifests", f"{fingerprint(expand(spec.urls))}-images.json"
-    except DataError:  # a folder of image files, whose survey is not kept
-        return survey(spec.urls, progress)
-    if storage.exists(*place):
-        return ImageSet.from_json(storage.read(*place).decode())
-    found = survey(spec.urls, progress)
-    storage.write(found.to_json().encode(), *place)
-    return found
 
 
 class TowerPair:
@@ -238,7 +210,7 @@ def compare(
 
     Args:
         recipe: With both models as specs.
-        images: From `find_images`.
+        images: From `kdscale.stages.images.find_images`.
         storage: Where stages' weights are.
         progress: Told (what, images done, images in all).
 

@@ -11,6 +11,7 @@ from kdscale.core.eval_config import Cka
 from kdscale.core.keys import content_key
 from kdscale.core.storage import StageStore, Storage
 from kdscale.core.vlm_config import FEATURES_STAGE, Evaluate, Features, Language, VlmStage
+from kdscale.core.zero_shot_config import Gate
 from kdscale.data.features import FeatureRef, find_features
 from kdscale.data.image_sets import ImageSet
 from kdscale.data.samples import Crop
@@ -219,6 +220,18 @@ class CkaJob(Job):
     record: dict[str, Any]
     lease: str | None = None
     kind: str = Cka.kind
+
+
+@dataclass(frozen=True)
+class GateJob(Job):
+    """Everything a worker needs to judge a teacher; attributes as of `EmbedJob`."""
+
+    key: str
+    storage_root: str
+    recipe: Gate
+    record: dict[str, Any]
+    lease: str | None = None
+    kind: str = Gate.kind
 
 
 ShardJob = EmbedJob | FeaturesJob

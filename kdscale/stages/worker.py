@@ -39,16 +39,19 @@ from kdscale.data.stream import (
 )
 from kdscale.stages.jobs import (
     AnswersJob,
+    CkaJob,
     DistillJob,
     EvaluateJob,
     FeaturesJob,
+    GateJob,
     LanguageJob,
     ShardJob,
     VlmJob,
 )
 from kdscale.stages.streams import instruct_config, stream_config
 
-TrainJob = DistillJob | VlmJob | EvaluateJob | LanguageJob
+StreamJob = DistillJob | VlmJob
+TrainJob = StreamJob | EvaluateJob | CkaJob | GateJob | LanguageJob
 
 HEALTH_CHECK_INTERVAL_S = "0.2"
 
@@ -79,9 +82,7 @@ def fit(jobs: Sequence[TrainJob]) -> None:
             train_loop_config={"jobs": list(jobs), "in_group": run.num_workers > 0},
             scaling_config=_scaling(run),
             datasets={
-                job.key: _dataset_from_cursor(job)
-                for job in jobs
-                if isinstance(job, DistillJob | VlmJob)
+                job.key: _dataset_from_cursor(job) for job in jobs if isinstance(job, StreamJob)
             },
             dataset_config=data_config(run.data_cpus),
             run_config=ray.train.RunConfig(
@@ -207,7 +208,7 @@ def _scaling(run: Execution) -> ray.train.ScalingConfig:
     )
 
 
-def _dataset_from_cursor(job: DistillJob | VlmJob) -> Callable[[], Any]:
+def _dataset_from_cursor(job: StreamJob) -> Callable[[], Any]:
     """Returns a function that makes the stream from the newest checkpoint on."""
 
     def make() -> Any:
@@ -267,6 +268,14 @@ def _attempt_of(job: TrainJob) -> Any:
         from kdscale.stages.language import LanguageRun
 
         return LanguageRun
+    if isinstance(job, CkaJob):
+        from kdscale.stages.cka import CkaRun
+
+        return CkaRun
+    if isinstance(job, GateJob):
+        from kdscale.stages.gate_run import GateRun
+
+        return GateRun
     from kdscale.stages.answer import EvaluateRun
 
     return EvaluateRun
@@ -307,7 +316,7 @@ class _Started:
         self.job = job
         self._batches: Iterator[Any] = iter(())
         self._first: Future[Any] | None = None
-        if not isinstance(job, DistillJob | VlmJob):
+        if not isinstance(job, StreamJob):
             return
         self._start = Checkpoints(job.stage, keep=1).latest_step()
         if self._start < job.total_steps:
@@ -332,7 +341,7 @@ class _Started:
             yield from self._batches
 
 
-def _stream(job: DistillJob | VlmJob, shard: Any, start: int, rank: int) -> Any:
+def _stream(job: StreamJob, shard: Any, start: int, rank: int) -> Any:
     """Returns a worker's side of a job's stream."""
     if isinstance(job, VlmJob):
         return InstructStream(shard, replace(instruct_config(job), start_step=start), rank)

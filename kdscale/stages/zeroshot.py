@@ -8,7 +8,7 @@ what. Shape suffixes: B batch, N images, T captions, C classes, D embedding.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -259,16 +259,20 @@ def score_parts(
     else:
         vectors = vectors or ClassVectors(tower, recipe.precision)
         metrics, notes, records = _classes(recipe, vectors, items, embedding_ND)
-    whole = recipe.limit is None and recipe.images.num_images in (None, len(items))
     return ZeroShotResult(
         benchmark=name,
         n=len(items),
         unreadable=dict(causes),
-        complete=whole and not causes,
+        complete=is_whole(recipe, len(items), causes),
         metrics=metrics,
         notes=notes,
         items=records,
     )
+
+
+def is_whole(recipe: ZeroShot, n: int, unreadable: Mapping[str, int]) -> bool:
+    """Tells whether so many scored images are all of a set, as far as its size is known."""
+    return recipe.limit is None and recipe.images.num_images in (None, n) and not unreadable
 
 
 _Scored = tuple[dict[str, Measured], dict[str, Any], list[dict[str, Any]]]

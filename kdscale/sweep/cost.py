@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdscale.core.config import Distill, Embed, Recipe, TowerSpec
+from kdscale.core.eval_config import Cka
 from kdscale.core.keys import content_key
 from kdscale.core.vlm_config import Features, Language, LanguageModelSpec, VlmStage
+from kdscale.core.zero_shot_config import Gate
 from kdscale.stages.jobs import embed_recipe, vlm_features
 
 EFFECTIVE_TFLOPS = 400.0
@@ -105,6 +107,8 @@ def flops(work: Work) -> float | None:
     if isinstance(recipe, Language):
         tokens = recipe.num_steps * recipe.batch_size * recipe.block_tokens
         return 6e6 * recipe.llm.mparams * tokens
+    if isinstance(recipe, Cka | Gate):
+        return _forward_flops(recipe, work.num_samples)
     if not isinstance(recipe, Distill):
         return 0.0  # a few thousand short answers
     own = _forward_gflop(recipe.student)
@@ -260,6 +264,15 @@ def _embed_flops(recipe: Embed, num_samples: int | None) -> float | None:
         return None
     each = max(1, recipe.views) * facts.image_gflop + recipe.captions * facts.text_gflop
     return each * 1e9 * min(num_samples, recipe.max_samples or num_samples)
+
+
+def _forward_flops(recipe: Cka | Gate, num_images: int | None) -> float | None:
+    """Returns the operations of looking at some images; models of unknown size count nothing."""
+    models = [recipe.tower] if isinstance(recipe, Gate) else [recipe.a, recipe.b]
+    if num_images is None:
+        return 0.0 if isinstance(recipe, Cka) else None
+    towers = [model for model in models if isinstance(model, TowerSpec)]
+    return sum(tower.facts.image_gflop or 0.0 for tower in towers) * 1e9 * num_images
 
 
 def _forward_gflop(tower: Any) -> float | None:

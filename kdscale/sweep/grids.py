@@ -8,11 +8,13 @@ from dataclasses import dataclass
 
 from kdscale.analysis.stats import Interval
 from kdscale.sweep.benchmark_outcomes import BenchmarkRow, interval_of
+from kdscale.sweep.cka_outcomes import CkaRow
 from kdscale.sweep.outcomes import DONE, NOT_FINISHED, Row, TeacherRow, TrialRow
 from kdscale.sweep.report import Cell, Table
 from kdscale.sweep.vlm_outcomes import VlmRow
 
 NONE = "–"
+TRIALS_PER_GRID = 4
 METRICS = {
     "zero_shot_top1": "Zero-shot top-1, %, with 95 % interval,",
     "difference": "Difference to the control, points,",
@@ -153,6 +155,45 @@ def _benchmark(found: BenchmarkRow) -> list[Words]:
         Words(constant),
         Words(f"{100 * seen.unparsed_share:.0f}"),
     ]
+
+
+def cka_grids(rows: Sequence[CkaRow]) -> list[Grid]:
+    """Returns the tables of a sweep's comparisons: sets of images by trials, tap by tap."""
+    found: list[Grid] = []
+    for tap in dict.fromkeys(row.tap for row in rows):
+        own = [row for row in rows if row.tap == tap]
+        pairs = list(dict.fromkeys((row.trial_key, row.trial, row.b) for row in own))
+        for start in range(0, len(pairs), TRIALS_PER_GRID):
+            found.append(_cka_grid(own, pairs[start : start + TRIALS_PER_GRID], tap))
+    return found
+
+
+def _cka_grid(rows: Sequence[CkaRow], pairs: Sequence[tuple[str, str, str]], tap: str) -> Grid:
+    """Returns one table of comparisons."""
+    cells = {(row.images, (row.trial_key, row.trial, row.b)): row for row in rows}
+    lines: list[list[Words]] = []
+    for images in dict.fromkeys(row.images for row in rows):
+        shown = [cells.get((images, pair)) for pair in pairs]
+        sizes = dict.fromkeys(f"{row.n:,}" for row in shown if row is not None and row.n)
+        size = Words(" or ".join(sizes) or NONE)
+        lines.append([Words(images), size, *map(_comparison, shown)])
+    notes = [f"{row.trial}, {row.images}: {row.note}" for row in rows if row.note]
+    return Grid(
+        title=f"CKA by {tap}: debiased (biased), then the benchmark's score",
+        columns=("images of", "n", *(f"{trial} / {other}" for _, trial, other in pairs)),
+        rows=lines,
+        notes=list(dict.fromkeys(notes)),
+    )
+
+
+def _comparison(row: CkaRow | None) -> Words:
+    """Returns the cell of a comparison."""
+    if row is None or row.state != DONE:
+        return Words(NONE if row is None else row.state, "muted")
+    debiased, biased = (
+        "undefined" if value is None else f"{value:.3f}" for value in (row.debiased, row.biased)
+    )
+    return Words(f"{debiased} ({biased})" + ("" if row.score is None else f", {row.score:.1f}"))
 
 
 def pivot_grid(table: Table, rows: Sequence[TrialRow]) -> Grid:

@@ -8,35 +8,60 @@ from importlib.metadata import version
 from typing import Any
 
 import kdscale
-from kdscale.core.config import Embed, TowerSpec
+from kdscale.core.config import DataSpec, Embed, TowerSpec
+from kdscale.core.eval_config import Cka
 from kdscale.core.keys import describe
 from kdscale.core.storage import Storage
 from kdscale.core.types import ShardChanged
 from kdscale.core.vlm_config import Evaluate, Features, Language, VlmStage
+from kdscale.core.zero_shot_config import Gate
 from kdscale.data.shards import Manifest
+from kdscale.stages.images import find_images
 from kdscale.stages.inputs import content_of, find_source, questions_file
 from kdscale.stages.jobs import (
+    CkaJob,
     DistillJob,
     EmbedJob,
     EvaluateJob,
     FeaturesJob,
+    GateJob,
     LanguageJob,
     ShardJob,
     VlmJob,
 )
-from kdscale.sweep.plan import Stage, total_steps
+from kdscale.sweep.amounts import total_steps
+from kdscale.sweep.plan import Stage
+
+OtherJob = EvaluateJob | CkaJob | GateJob | LanguageJob
 
 
-def training_job(
-    stage: Stage, token: str, storage: Storage
-) -> DistillJob | VlmJob | EvaluateJob | LanguageJob:
-    """Returns what the workers are told."""
-    recipe: Any = stage.recipe
-    if isinstance(recipe, Evaluate):
-        place = questions_file(recipe.questions.mini, storage)
-        return EvaluateJob(stage.key, storage.root, recipe, place, record_of(stage), token)
+def group_job(stage: Stage, token: str, storage: Storage) -> DistillJob | VlmJob | OtherJob:
+    """Returns what a group of workers is told."""
+    if isinstance(stage.recipe, Evaluate | Cka | Gate | Language):
+        return _other_job(stage, token, storage)
+    return _training_job(stage, token, storage)
+
+
+def _other_job(stage: Stage, token: str, storage: Storage) -> OtherJob:
+    """Returns what those are told who read no stream."""
+    recipe, record = stage.recipe, record_of(stage)
+    if isinstance(recipe, Cka):
+        if isinstance(recipe.images, DataSpec) and stage.data_hash is not None:
+            checked(stage, find_source(recipe.images, storage, content="labels").manifest())
+        images = find_images(recipe.images, storage)
+        return CkaJob(stage.key, storage.root, recipe, images, record, token)
+    if isinstance(recipe, Gate):
+        return GateJob(stage.key, storage.root, recipe, record, token)
     if isinstance(recipe, Language):
-        return LanguageJob(stage.key, storage.root, recipe, record_of(stage), token)
+        return LanguageJob(stage.key, storage.root, recipe, record, token)
+    assert isinstance(recipe, Evaluate)
+    place = questions_file(recipe.questions.mini, storage)
+    return EvaluateJob(stage.key, storage.root, recipe, place, record, token)
+
+
+def _training_job(stage: Stage, token: str, storage: Storage) -> DistillJob | VlmJob:
+    """Returns what those are told who read one."""
+    recipe: Any = stage.recipe
     data = _data_of(stage, storage)
     steps = total_steps(recipe, data.num_samples)
     record = record_of(stage, data) | {"total_steps": steps}

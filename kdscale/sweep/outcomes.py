@@ -23,10 +23,12 @@ from kdscale.analysis.stats import (
 )
 from kdscale.core.answers_config import Answers
 from kdscale.core.config import Distill, ZeroShotSpec
+from kdscale.core.eval_config import Cka
 from kdscale.core.journal import Line, read_steps
 from kdscale.core.storage import StageStore, Storage
 from kdscale.core.types import DataError, StorageError, UnfinishedStage
 from kdscale.core.vlm_config import Evaluate
+from kdscale.core.zero_shot_config import Gate
 from kdscale.eval.answers import load_items
 from kdscale.sweep.plan import Stage
 
@@ -116,6 +118,7 @@ class Outcome:
         note: What is odd about it, in words; empty where nothing is.
         answers: One row a question, of an evaluated VLM.
         items: What `kdscale.eval.score` takes, of answers to a benchmark.
+        comparison: What `cka.json` says; empty for other stages and where unfinished.
     """
 
     stage: Stage
@@ -124,6 +127,7 @@ class Outcome:
     predictions: Predictions | None = None
     answers: list[dict[str, Any]] | None = None
     items: list[dict[str, Any]] | None = None
+    comparison: dict[str, Any] = field(default_factory=dict)
     score: Score | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: float | None = None
@@ -221,12 +225,12 @@ def read_outcome(stage: Stage, storage: Storage) -> Outcome:
     journal = read_steps(store)
     if not store.is_done():
         return Outcome(stage=stage, done=False, journal=journal)
-    spec = stage.recipe.zero_shot if isinstance(stage.recipe, Distill) else None
+    classes = _classes_of(stage)
     predictions, score, note = None, None, "the recipe names no benchmark"
-    if isinstance(spec, ZeroShotSpec):
+    if classes is not None:
         try:
             predictions = read_predictions(store)
-            score, note = score_of(predictions, num_classes(spec)), _oddity(predictions)
+            score, note = score_of(predictions, classes), _oddity(predictions)
         except (DataError, StorageError) as error:
             predictions, note = None, f"no score: {error}"
     seconds = _json(store, "stage.json").get("seconds")
@@ -244,11 +248,20 @@ def read_outcome(stage: Stage, storage: Storage) -> Outcome:
         predictions=predictions,
         answers=answers,
         items=items,
+        comparison=_json(store, "output", "cka.json") if isinstance(stage.recipe, Cka) else {},
         score=score,
         metrics=_json(store, "output", "metrics.json"),
         seconds=None if seconds is None else float(seconds),
         note=note,
     )
+
+
+def _classes_of(stage: Stage) -> int | None:
+    """Returns among how many classes a stage has predicted, None where it has not."""
+    if isinstance(stage.recipe, Gate):
+        return NUM_IMAGENET_CLASSES
+    spec = stage.recipe.zero_shot if isinstance(stage.recipe, Distill) else None
+    return num_classes(spec) if isinstance(spec, ZeroShotSpec) else None
 
 
 def read_answers(store: StageStore) -> list[dict[str, Any]]:

@@ -5,7 +5,6 @@ A plan needs neither torch nor Ray; it reads manifests and the stage store.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,20 +14,22 @@ from kdscale.core.config import (
     STAGE_WEIGHTS,
     DataSpec,
     Distill,
-    Embed,
     Recipe,
     TowerSpec,
 )
+from kdscale.core.eval_config import BenchmarkImages, Cka
 from kdscale.core.keys import content_key, local_files
 from kdscale.core.scale import Scale, Sizes, data_names, resolve, teacher_of
 from kdscale.core.storage import StageStore, Storage
-from kdscale.core.types import DataError, NoShards
-from kdscale.core.vlm_config import Evaluate, Features, Language, Vlm, VlmStage
+from kdscale.core.types import NoShards
+from kdscale.core.vlm_config import Evaluate, Language, Vlm
+from kdscale.core.zero_shot_config import Gate
 from kdscale.data.shards import Content
-from kdscale.losses.recipes import LossFlags
 from kdscale.stages.inputs import Source, content_of, find_source
 from kdscale.stages.jobs import embed_recipe, features_recipe
+from kdscale.sweep.amounts import amount, beside_recipe
 from kdscale.sweep.check import check_cacheable, check_paths, check_recipe
+from kdscale.sweep.cka import add_cka
 from kdscale.sweep.cost import (
     EFFECTIVE_TFLOPS,
     Work,
@@ -38,6 +39,7 @@ from kdscale.sweep.cost import (
     gpu_hours,
     saving,
 )
+from kdscale.sweep.gates import add_gate, gate_source
 from kdscale.sweep.grid import Sweep, Trial
 from kdscale.sweep.vlm import add_vlm
 
@@ -94,16 +96,16 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedTrial:
-    """A trial as a path through stages, inputs first."""
+    """A trial as a path through stages, inputs first.
+
+    Attributes:
+        key: Key of the stage whose outcome is the trial's; only comparisons come after it.
+    """
 
     sweep: str
     trial: Trial
     path: tuple[str, ...]
-
-    @property
-    def key(self) -> str:
-        """Key of the stage whose outcome is the trial's."""
-        return self.path[-1]
+    key: str
 
 
 @dataclass
@@ -209,11 +211,14 @@ class Planner:
         for trial in sweep.trials(self.overrides):
             path: list[str] = []
             if isinstance(trial.recipe, Vlm):
-                add_vlm(self, trial.recipe, trial.name, path)
+                tower = add_vlm(self, trial.recipe, trial.name, path)
             else:
-                self.distill(trial.recipe, trial.name, path)
-            path = list(dict.fromkeys(path))
-            self.plan.trials.append(PlannedTrial(sweep=sweep.name, trial=trial, path=tuple(path)))
+                tower = self.distill(trial.recipe, trial.name, path)
+            key = path[-1]
+            add_cka(self, trial, tower, path)
+            whole = tuple(dict.fromkeys(path))
+            planned = PlannedTrial(sweep=sweep.name, trial=trial, path=whole, key=key)
+            self.plan.trials.append(planned)
 
     def distill(self, recipe: Distill, name: str, path: list[str]) -> TowerSpec:
         """Adds a distillation with the stages that it needs, and returns its student."""
@@ -222,6 +227,7 @@ class Planner:
         again = {k: v for k, v in self.overrides.items() if k in own}
         resolved = resolve(recipe, self.plan.scale, again)
         resolved = resolved.replace(teacher=self.teacher(recipe, path))
+        add_gate(self, resolved, path)
         resolved = self._cached(resolved, path)
         key = self.add_stage("distill", name, resolved, path)
         assert isinstance(resolved.student, TowerSpec)
@@ -244,27 +250,32 @@ class Planner:
         key = self.add_stage("teacher", tower.name, pretrain, path)
         return tower.replace(weights=f"{STAGE_WEIGHTS}teacher/{key}")
 
-    def _cached(self, recipe: Distill, path: list[str]) -> Distill:
-        """Adds the stages that fill a teacher cache, and names them in the recipe."""
+    def _cached(self, recipe: Distill, path: list[str] | None) -> Distill:
+        """Adds the stages that fill a teacher cache, unless there is no path, and names them."""
         if recipe.teacher_outputs != "cached":
             return recipe
         if recipe.teacher is None:
             return recipe.replace(teacher_outputs="online")  # one key, whatever is asked of others
         check_cacheable(recipe)
         teacher: Any = recipe.teacher
-        embed = embed_recipe(recipe)
-        key = self.add_stage("embed", f"{teacher.name} x {embed.views}", embed, path)
-        changes = {"teacher_outputs": EMBED_STAGE + key}
+        wanted = {"teacher_outputs": (f"{teacher.name} x {recipe.views}", embed_recipe(recipe))}
         if recipe.zero_shot is not None:
-            features = features_recipe(recipe)
-            key = self.add_stage("embed", f"{teacher.name} for CKA", features, path)
-            changes["eval_outputs"] = EMBED_STAGE + key
+            wanted["eval_outputs"] = f"{teacher.name} for CKA", features_recipe(recipe)
+        changes: dict[str, str] = {}
+        for field_name, (name, embed) in wanted.items():
+            if path is not None:
+                self.add_stage("embed", name, embed, path)
+            changes[field_name] = EMBED_STAGE + self.key_of("embed", embed)
         return recipe.replace(**changes)
+
+    def is_trained(self, recipe: Distill) -> bool:
+        """Tells whether a distillation is done, its teacher's cache aside."""
+        return self.is_done(self._cached(recipe, None))
 
     def key_of(self, kind: str, recipe: Recipe) -> str:
         """Returns the content key of a stage, whether the plan has it or not."""
         manifests = {s.spec.urls: s.hash for s in self._sources_of(recipe) if s and s.spec.urls}
-        more = _beside_recipe(recipe) | local_files(recipe)
+        more = beside_recipe(recipe) | local_files(recipe)
         return content_key(kind, recipe.version, recipe, manifests, more)
 
     def is_done(self, recipe: Recipe) -> bool:
@@ -272,21 +283,31 @@ class Planner:
         key = self.key_of(recipe.kind, recipe)
         return StageStore(self.plan.storage, recipe.kind, key).is_done()
 
-    def add_stage(self, kind: str, name: str, recipe: Recipe, path: list[str]) -> str:
-        """Adds a stage unless the plan has it, and appends its key to the path."""
+    def add_stage(
+        self,
+        kind: str,
+        name: str,
+        recipe: Recipe,
+        path: list[str],
+        inputs: tuple[str, ...] | None = None,
+    ) -> str:
+        """Adds a stage unless the plan has it, and appends its key to the path.
+
+        Its inputs are all stages of the path so far, where none are named.
+        """
         if isinstance(recipe, Distill):
             check_recipe(recipe)
         sources = self._sources_of(recipe)
         wanted, data = len(sources), sources[0] if sources else None
         key = self.key_of(kind, recipe)
         if key not in self.plan.stages:
-            work = _amount(recipe, data)
+            work = amount(recipe, data)
             self.plan.stages[key] = Stage(
                 kind=kind,
                 key=key,
                 name=name,
                 recipe=recipe,
-                inputs=tuple(path),
+                inputs=tuple(path) if inputs is None else inputs,
                 num_samples=work.num_samples,
                 total_steps=work.total_steps,
                 flops=flops(work),
@@ -302,10 +323,27 @@ class Planner:
         """Finds a recipe's training data and, after them, its benchmark's."""
         if isinstance(recipe, Evaluate | Language):
             return []
+        if isinstance(recipe, Cka):
+            on = recipe.images
+            return [] if isinstance(on, BenchmarkImages) else [self._source(on, "labels")]
+        if isinstance(recipe, Gate):
+            return [None if recipe.data.urls is None else self._gate_source(recipe)]
         read: Any = recipe
         benchmark = getattr(recipe, "zero_shot", None)
         more = [] if benchmark is None else [self._source(benchmark.data, "labels")]
         return [self._source(read.data, content_of(recipe)), *more]
+
+    def _gate_source(self, recipe: Gate) -> Source | None:
+        """Finds the images of a gate once."""
+        name = (recipe.data.model_dump_json(), "gate")
+        if name not in self._sources:
+            self.names.update(data_names(recipe.data, self.plan.scale))
+            try:
+                self._sources[name] = gate_source(recipe, self.plan.storage)
+            except NoShards as error:
+                self._sources[name] = None
+                self.plan.missing.append(f"{error}; the gates of teachers read them (--no-gates)")
+        return self._sources[name]
 
     def _source(self, spec: Any, content: Content = "captions") -> Source | None:
         """Finds a data set once; absent data are noted, not fatal: a plan may come first."""
@@ -321,56 +359,6 @@ class Planner:
                 self._sources[name] = None
                 self.plan.missing.append(str(error))
         return self._sources[name]
-
-
-def total_steps(recipe: Distill | VlmStage, num_samples: int) -> int:
-    """Returns the optimizer steps of a recipe on so many samples.
-
-    Raises:
-        DataError: If the data do not fill one global batch.
-    """
-    per_epoch = num_samples // recipe.global_batch_size
-    if per_epoch == 0:
-        raise DataError(
-            f"{num_samples} samples do not fill one global batch of {recipe.global_batch_size}; "
-            "lower global_batch_size or bring more data"
-        )
-    steps = per_epoch * recipe.epochs
-    return steps if recipe.max_steps is None else min(steps, recipe.max_steps)
-
-
-def _amount(recipe: Recipe, data: Source | None) -> Work:
-    """Returns a recipe beside its amount of data: counted, or what the data spec says."""
-    if isinstance(recipe, Language):
-        return Work(recipe=recipe, num_samples=None, total_steps=recipe.num_steps)
-    if isinstance(recipe, Evaluate):
-        return Work(recipe=recipe, num_samples=recipe.questions.mini.num_samples, total_steps=1)
-    if data is not None:
-        return Work(recipe=recipe, num_samples=data.num_samples, total_steps=_units(recipe, data))
-    assert isinstance(recipe, Distill | Embed | Features | VlmStage)
-    assert isinstance(recipe.data, DataSpec)
-    said = recipe.data.num_samples
-    steps = total_steps(recipe, said) if said and isinstance(recipe, Distill | VlmStage) else None
-    return Work(recipe=recipe, num_samples=said, total_steps=steps)
-
-
-def _units(recipe: Recipe, data: Source) -> int:
-    """Returns a stage's optimizer steps, or the shards that it embeds."""
-    if isinstance(recipe, Distill | VlmStage):
-        return total_steps(recipe, data.num_samples)
-    limit = recipe.max_samples if isinstance(recipe, Embed) else None
-    share = min(1.0, (limit or data.num_samples) / data.num_samples)
-    return math.ceil(share * data.num_shards)
-
-
-def _beside_recipe(recipe: Recipe) -> dict[str, Any]:
-    """Returns what decides a stage's numbers though its execution otherwise does not."""
-    if not isinstance(recipe, Distill) or recipe.run is None:
-        return {}
-    flags = LossFlags.for_mode(recipe.mode, **recipe.flags)
-    if flags.detached_gather or flags.unsynced_heads:
-        return {"world_size": recipe.run.world_size}
-    return {}
 
 
 def _sum(values: Iterable[float | None]) -> float | None:

@@ -15,6 +15,7 @@ from rich.tree import Tree
 
 from kdscale.core.answers_config import Answers
 from kdscale.core.config import Distill
+from kdscale.core.eval_config import Cka
 from kdscale.core.journal import JournalReader, Line, read_steps
 from kdscale.core.storage import Lease, Storage
 from kdscale.core.types import StorageError
@@ -107,6 +108,8 @@ def describe_line(line: Line, total_steps: int | None) -> str:
             f"{line['questions']} questions  {line['accuracy']:.1f} % right, "
             f"{line['blind']:.1f} % without the image"
         )
+    if "images" in line:
+        return _measured(line)
     if "shards" in line:
         return f"shard {line['step']}/{line['shards']}  {line['samples_per_s']:,.0f} samples/s"
     parts = [f"step {line['step']}/{total_steps or '?'}", f"loss {line['total']:.3f}"]
@@ -119,6 +122,17 @@ def describe_line(line: Line, total_steps: int | None) -> str:
         parts.append(f"{line['tokens_per_s']:,.0f} tokens/s")
     parts.append(f"data wait {100 * line['data_wait']:.0f} %")
     return "  ".join(parts)
+
+
+def _measured(line: Line) -> str:
+    """Puts the journal line of a stage that looks at images in words."""
+    parts = [f"{line['images']:,} images"]
+    if "published_top1" in line:
+        parts.append(
+            f"top-1 {line['zero_shot_top1']:.2f} %, published {line['published_top1']:.2f} %"
+        )
+    parts += [f"CKA {line['cka_debiased']:.3f}"] if "cka_debiased" in line else []
+    return "  ".join([*parts, f"{line['samples_per_s']:,.0f} samples/s"])
 
 
 def stage_state(stage: Stage, storage: Storage) -> tuple[str, str]:
@@ -152,15 +166,16 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print(teacher_table(plan))
     tree = Tree(f"[bold]{len(plan.trials)} trials, {len(plan.stages)} distinct stages[/]")
     branches = {"": tree}
-    answers: dict[str, list[Stage]] = {}
+    measured: dict[tuple[str, str, str], list[Stage]] = {}
     for stage in plan.stages.values():
-        if isinstance(stage.recipe, Answers):
-            answers.setdefault(stage.inputs[-1], []).append(stage)
-            continue
-        parent = branches[stage.inputs[-1] if stage.inputs else ""]
-        branches[stage.key] = parent.add(_stage_label(plan, stage))
-    for key, stages in answers.items():
-        branches[key].add(_answers_label(stages))
+        parent = stage.inputs[-1] if stage.inputs else ""
+        if isinstance(stage.recipe, Answers | Cka):
+            measured.setdefault((parent, stage.kind, _pair(stage)), []).append(stage)
+        else:
+            branches[stage.key] = branches[parent].add(_stage_label(plan, stage))
+    for (parent, kind, _), stages in measured.items():
+        label_of = _answers_label if kind == Answers.kind else _cka_label
+        branches[parent].add(label_of(stages))
     console.print(tree)
     console.print(_cost_line(plan.document()["cost"]))
     _print_savings(plan, console)
@@ -177,6 +192,26 @@ def _answers_label(stages: Sequence[Stage]) -> str:
     asked = sum(stage.num_samples or 0 for stage in stages)
     count = f"{asked:,}" if asked else "unknown"
     return f"answers to {', '.join(names)}: {count} questions, {len(stages)} stages, {left} to run"
+
+
+def _pair(stage: Stage) -> str:
+    """Names the two models of a comparison and the tap; empty for other stages."""
+    recipe = stage.recipe
+    if not isinstance(recipe, Cka):
+        return ""
+    return f"{label(recipe.a)} with {label(recipe.b)}, {recipe.tap}"
+
+
+def _cka_label(stages: Sequence[Stage]) -> str:
+    """Describes the comparisons of one pair of models in a line; each is a stage."""
+    names = [s.recipe.images.name for s in stages if isinstance(s.recipe, Cka)]
+    left = sum(not stage.reused for stage in stages)
+    counts = [stage.num_samples for stage in stages]
+    total = "unknown" if None in counts else f"{sum(count or 0 for count in counts):,}"
+    pair = _pair(stages[0])
+    return (
+        f"CKA of {pair}, on {', '.join(names)}: {total} images, {len(stages)} stages, {left} to run"
+    )
 
 
 def _cost_line(cost: dict[str, Any]) -> str:
@@ -246,6 +281,8 @@ def _stage_label(plan: Plan, stage: Stage) -> str:
     count = stage.total_steps
     if stage.kind in ("evaluate", "answers"):
         unit, count = "questions", stage.num_samples
+    if stage.kind == "gate":
+        unit, count = "images", stage.num_samples
     about = "about " if stage.estimated and count else ""
     steps = f"{about}{count or 'unknown'} {unit}"
     state = "[green]finished[/]" if stage.reused else steps

@@ -31,6 +31,7 @@ from kdscale.sweep.grids import (
     Grid,
     Words,
     benchmark_grid,
+    cka_grids,
     pivot_grid,
     teacher_grid,
     trial_grid,
@@ -53,7 +54,9 @@ HOW_TO_READ = (
     "seed, by a paired bootstrap over the same images. The intervals are not adjusted for the "
     "number of comparisons.",
     "CKA is linear, between the student's and the teacher's mean patch features of the "
-    "benchmark's images. The biased estimate is too high where images are few.",
+    "benchmark's images. The biased estimate is too high where images are few. On a "
+    "benchmark it is that of the final layers on its distinct images; matrices of all layers and "
+    "heat maps lie with the stages and in MLflow.",
     "Benchmarks of VLMs are in per cent, MME-P is a sum of ten category scores up to 2000; chance "
     "is a uniform guess over the options. Their intervals draw pairs, rotations or images as "
     "wholes, or are Wilson's where all come out alike. A score is marked where its interval lies "
@@ -87,6 +90,8 @@ def print_report(report: Report, console: Console) -> None:
             if row.sweep == table.sweep:
                 for grid in _vlm_grids(row):
                     _print_grid(grid, console)
+        for grid in cka_grids(report.compared(table.sweep)):
+            _print_grid(grid, console)
     console.print(Text("\n".join(("", *HOW_TO_READ)), style="dim"))
 
 
@@ -194,6 +199,7 @@ def _section(report: Report, table: Table, storage: Storage) -> str:
     figures = [_html_figure(plot, sweep, partial(draw, report, sweep)) for plot, draw in PLOTS]
     figures.append(_html_figure(SHEET, sweep, partial(sheet_figure, report, sweep, storage)))
     grids = [grid for row in report.vlms if row.sweep == sweep for grid in _vlm_grids(row)]
+    grids += cka_grids(report.compared(sweep))
     vlms = "".join(map(_html_grid, grids))
     return (
         f"<section><h2>{escape(sweep)}</h2><p>{escape(report.verdict(sweep))}</p>"

@@ -14,6 +14,9 @@ from typing import Any, cast
 from kdscale.analysis.stats import Interval
 from kdscale.core.config import Distill, TowerSpec
 from kdscale.core.types import unknown_name
+from kdscale.core.zero_shot_config import Gate
+from kdscale.sweep.cka_outcomes import CkaRow, cka_rows
+from kdscale.sweep.controls import controls_of, is_baseline
 from kdscale.sweep.grid import Sweep
 from kdscale.sweep.naming import label
 from kdscale.sweep.outcomes import (
@@ -71,6 +74,7 @@ class Report:
         storage: Root of the stage store.
         command: What runs the unfinished stages.
         warnings: What could not be reported, and why.
+        comparisons: Of trials' towers with others, one for each set of images.
         outcomes: {key: what the stage's directory holds}.
     """
 
@@ -82,6 +86,7 @@ class Report:
     tables: tuple[Table, ...]
     warnings: tuple[str, ...]
     vlms: tuple[VlmRow, ...] = ()
+    comparisons: tuple[CkaRow, ...] = ()
     outcomes: dict[str, Outcome] = field(repr=False)
 
     @property
@@ -92,6 +97,10 @@ class Report:
     def of(self, sweep: str) -> list[TrialRow]:
         """Returns one sweep's trials."""
         return [row for row in self.trials if row.sweep == sweep]
+
+    def compared(self, sweep: str) -> list[CkaRow]:
+        """Returns one sweep's comparisons."""
+        return [row for row in self.comparisons if row.sweep == sweep]
 
     def message(self) -> str:
         """Says how much is finished, and what to run for the rest."""
@@ -127,6 +136,7 @@ class Report:
                 "trials": [_row_document(row) for row in self.trials],
                 "teachers": [_row_document(row) for row in self.teachers],
                 "vlms": [row.document() for row in self.vlms],
+                "cka": [row.document() for row in self.comparisons],
                 "tables": [_table_document(table) for table in self.tables],
                 "warnings": self.warnings,
             }
@@ -191,6 +201,7 @@ def build_report(plan: Plan, sweeps: Sequence[Sweep], *, command: str | None = N
         tables.append(_table(sweep, rows, outcomes))
         warnings += _warnings(sweep, rows)
         trials += rows
+    vlms = vlm_rows(chosen, outcomes, plan.scale)
     files = " ".join(f"sweeps/{sweep.name}.py" for sweep in sweeps)
     return Report(
         scale=plan.scale.name,
@@ -199,7 +210,8 @@ def build_report(plan: Plan, sweeps: Sequence[Sweep], *, command: str | None = N
         trials=tuple(trials),
         teachers=tuple(_teacher_rows(distilled, outcomes)),
         tables=tuple(tables),
-        vlms=vlm_rows(chosen, outcomes, plan.scale),
+        vlms=vlms,
+        comparisons=cka_rows(chosen, outcomes, vlms),
         warnings=tuple(warnings),
         outcomes=outcomes,
     )
@@ -237,10 +249,10 @@ def _trial_row(
     """Reports one trial."""
     outcome = outcomes[planned.key]
     difference, notes = None, [outcome.note]
-    if not _is_baseline(planned, sweep):
+    if not is_baseline(planned, sweep):
         controls = {
             control.trial.name: answers
-            for control in _controls(planned, trials, sweep)
+            for control in controls_of(planned, trials, sweep)
             if (answers := outcomes[control.key].predictions) is not None
         }
         if controls and outcome.predictions is not None:
@@ -257,7 +269,7 @@ def _trial_row(
         chosen=dict(planned.trial.chosen),
         row=_label(planned, sweep.table.rows),
         column=_label(planned, sweep.table.columns),
-        is_baseline=_is_baseline(planned, sweep),
+        is_baseline=is_baseline(planned, sweep),
         cka_debiased=metrics.get("cka_debiased"),
         cka_biased=metrics.get("cka_biased"),
         difference=difference,
@@ -285,34 +297,6 @@ def _label(planned: PlannedTrial, name: str) -> str:
     return f"no {name}" if value is None else str(value)
 
 
-def _is_baseline(planned: PlannedTrial, sweep: Sweep) -> bool:
-    """Tells whether a trial is one that the others are compared with."""
-    if sweep.baseline is None:
-        return False
-    recipe = planned.trial.recipe
-    return all(getattr(recipe, name) == value for name, value in sweep.baseline.items())
-
-
-def _controls(
-    planned: PlannedTrial, trials: Sequence[PlannedTrial], sweep: Sweep
-) -> list[PlannedTrial]:
-    """Returns the baselines of a trial's own student, seed and benchmark that differ least."""
-    fixed = [n for n in ("student", "seed", "zero_shot", "data") if n not in (sweep.baseline or {})]
-
-    def agreement(other: PlannedTrial, names: Sequence[str]) -> int:
-        mine, theirs = planned.trial.recipe, other.trial.recipe
-        return sum(getattr(mine, name) == getattr(theirs, name) for name in names)
-
-    found = [
-        trial
-        for trial in trials
-        if _is_baseline(trial, sweep) and agreement(trial, fixed) == len(fixed)
-    ]
-    every = list(Distill.model_fields)
-    best = max((agreement(trial, every) for trial in found), default=0)
-    return [trial for trial in found if agreement(trial, every) == best]
-
-
 def _teacher_rows(
     trials: Sequence[PlannedTrial], outcomes: Mapping[str, Outcome]
 ) -> list[TeacherRow]:
@@ -334,6 +318,9 @@ def _teacher_row(
     given = tower.weights == "random"
     common: dict[str, Any] = {"key": None, "state": "random" if given else "pretrained"}
     loss = None
+    gate = next((o for o in outcomes.values() if _is_gate_of(o, tower)), None)
+    if gate is not None:
+        common |= {"score": gate.score, "note": "" if gate.done else "has not passed its gate"}
     if tower.weights.startswith(STAGE_WEIGHTS):
         outcome = outcomes[tower.weights.rpartition("/")[2]]
         common, loss = _common(outcome, [outcome.note]), str(label(outcome.stage.training.loss))
@@ -348,6 +335,11 @@ def _teacher_row(
         loss=loss,
         published_top1=None if given or loss else tower.facts.zero_shot_top1,
     )
+
+
+def _is_gate_of(outcome: Outcome, tower: TowerSpec) -> bool:
+    """Tells whether an outcome is that of a teacher's gate."""
+    return isinstance(outcome.stage.recipe, Gate) and outcome.stage.recipe.tower == tower
 
 
 def _table(sweep: Sweep, rows: Sequence[TrialRow], outcomes: Mapping[str, Outcome]) -> Table:

@@ -39,7 +39,8 @@ def execute(
         NoShards: If input data are not at hand.
         StageFailed: After everything else has finished, naming the trials that failed.
     """
-    from kdscale.sweep.schedule import prepare, raise_failures, run_plan
+    from kdscale.sweep.prepare import prepare
+    from kdscale.sweep.schedule import raise_failures, run_plan
 
     if plan.missing:
         raise NoShards("; ".join(sorted(set(plan.missing))))

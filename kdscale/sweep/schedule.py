@@ -24,25 +24,21 @@ import ray.cloudpickle
 import ray.tune
 
 from kdscale.core.answers_config import Answers
-from kdscale.core.config import Distill, Embed, Execution
+from kdscale.core.config import Embed, Execution
+from kdscale.core.eval_config import Cka
 from kdscale.core.storage import Lease, Storage
 from kdscale.core.types import (
     ImpossibleResources,
     KdscaleError,
-    MissingBenchmark,
     StageFailed,
     StageRefused,
     final_cause,
 )
-from kdscale.core.vlm_config import Evaluate, Features, Language
-from kdscale.data.shards import Content, check_labels
-from kdscale.stages.inputs import content_of, find_source, questions_file
+from kdscale.core.vlm_config import Evaluate, Features
 from kdscale.stages.jobs import AnswersJob
 from kdscale.sweep.grid import Sweep
-from kdscale.sweep.orders import record_of, shard_job, training_job
-from kdscale.sweep.outcomes import num_classes
+from kdscale.sweep.orders import group_job, record_of, shard_job
 from kdscale.sweep.plan import Plan, PlannedTrial, Stage
-from kdscale.sweep.suite import NOT_AT_HAND
 
 WAIT_FOR_WRITER_S = 1.0
 START_ATTEMPTS = 3
@@ -275,12 +271,13 @@ def waiting_trials(plan: Plan) -> list[PlannedTrial]:
 
 
 def _is_finished(trial: PlannedTrial, plan: Plan) -> bool:
-    """Tells whether a trial has its outcomes: the last stage, all questions and benchmarks.
+    """Tells whether a trial has its outcomes: its own stage, and all that was measured of it.
 
     The stages that those came from may have been removed since.
     """
     path = [plan.stages[key] for key in trial.path]
-    return all(s.reused for s in path if s is path[-1] or isinstance(s.recipe, Answers | Evaluate))
+    measured = Answers | Evaluate | Cka
+    return all(s.reused for s in path if s.key == trial.key or isinstance(s.recipe, measured))
 
 
 def _failures(trials: Sequence[PlannedTrial], results: Any) -> list[TrialFailure]:
@@ -351,7 +348,7 @@ def _run_in_turn(stages: Sequence[Stage], tokens: Sequence[str], storage: Storag
                 else:
                     embed(shard_job(stage, token, storage))
         else:
-            fit([training_job(stage, token, storage) for stage, token in group])
+            fit([group_job(stage, token, storage) for stage, token in group])
 
 
 def _team(stage: Stage) -> tuple[bool, str]:
@@ -359,39 +356,6 @@ def _team(stage: Stage) -> tuple[bool, str]:
     run = stage.recipe.run
     by_shard = isinstance(stage.recipe, Embed | Features | Answers)
     return by_shard, "" if run is None else run.model_dump_json()
-
-
-def prepare(plan: Plan, progress: Any) -> None:
-    """Draws and verifies all data that the remaining stages read, before any trial starts.
-
-    Raises:
-        NoShards: If data are not at hand.
-        StageFailed: Never; kept apart from trials so that data errors name the data.
-    """
-    for stage in plan.remaining():
-        recipe: Any = stage.recipe
-        if isinstance(recipe, Answers):
-            if recipe.questions == NOT_AT_HAND:
-                raise MissingBenchmark(
-                    f"where are the files of benchmark {recipe.benchmark}? Say --data NAME=DIR, "
-                    "NAME being the suite's"
-                )
-            continue
-        if isinstance(recipe, Language):
-            continue  # its text is made as it is read
-        if isinstance(recipe, Evaluate):
-            questions_file(recipe.questions.mini, plan.storage, progress)
-            continue
-        wanted: list[tuple[Any, Content]] = [(recipe.data, content_of(recipe))]
-        if isinstance(recipe, Distill) and recipe.zero_shot is not None:
-            zero_shot: Any = recipe.zero_shot
-            wanted.append((zero_shot.data, "labels"))
-        for spec, needed in wanted:
-            source = find_source(spec, plan.storage, content=needed, progress=progress)
-            manifest = source.manifest(progress)
-            if needed == "labels" and isinstance(recipe, Distill):
-                benchmark: Any = recipe.zero_shot
-                check_labels(manifest, num_classes(benchmark), benchmark.name)
 
 
 def raise_failures(failures: Sequence[TrialFailure]) -> None:

@@ -3,24 +3,43 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import kdscale.eval
 from kdscale.core.answers_config import Answers, answers_key
 from kdscale.core.config import Execution
+from kdscale.core.eval_config import BenchmarkImages
 from kdscale.core.scale import Scale, data_names, lookup, path_of
 from kdscale.core.storage import StageStore, Storage
 from kdscale.core.vlm_config import SuiteSpec
+from kdscale.data.image_sets import set_hash
 from kdscale.eval.benchmarks import BENCHMARKS, find_benchmark
+from kdscale.stages.images import NOT_AT_HAND, distinct_images
 from kdscale.stages.inputs import fingerprint, suite_directory
 
 if TYPE_CHECKING:
     from kdscale.sweep.plan import Planner
 
-NOT_AT_HAND = ""  # in place of a digest of questions
 READERS = ("answers.py", "benchmarks.py", "prompts.py", "questions.py", "rows.py", "sources.py")
+
+
+class Asked(NamedTuple):
+    """What a benchmark's questions are.
+
+    Attributes:
+        digest: Of the questions; `NOT_AT_HAND` where nobody has said where they are.
+        count: How many; None likewise.
+        images: Names the set of their distinct images.
+        num_images: How many those are.
+    """
+
+    digest: str = NOT_AT_HAND
+    count: int | None = None
+    images: str = NOT_AT_HAND
+    num_images: int | None = None
 
 
 def suite_of(value: str | SuiteSpec | None, scale: Scale) -> SuiteSpec | None:
@@ -56,22 +75,16 @@ def add_suite(
         UnknownName: A benchmark is not known.
         MissingBenchmark, BadBenchmark: Its files are not there, or malformed.
     """
-    storage = planner.plan.storage
-    planner.expect_data(*data_names(suite, planner.plan.scale))
-    directory = suite_directory(suite, storage)
-    if directory is None:
-        note = f"benchmarks of {suite.name}: say --data {suite.name}=DIR"
-        if note not in planner.plan.missing:
-            planner.plan.missing.append(note)
+    directory = directory_of(planner, suite)
     for name in suite.benchmarks or tuple(BENCHMARKS):
-        digest, count = (NOT_AT_HAND, None)
+        asked = Asked()
         if directory is not None:
-            digest, count = questions_of(name, directory, suite, storage)
+            asked = questions_of(name, directory, suite, planner.plan.storage)
         for blind in (False, True) if suite.blind else (False,):
             recipe = Answers(
                 model=model,
                 benchmark=find_benchmark(name).name,
-                questions=digest,
+                questions=asked.digest,
                 data=directory,
                 mode=suite.mode,
                 blind=blind,
@@ -80,8 +93,39 @@ def add_suite(
                 run=run,
             )
             label = f"{name}, blind" if blind else name
-            _add_answers(planner, recipe, label, count)
+            _add_answers(planner, recipe, label, asked.count)
             path.append(answers_key(recipe))
+
+
+def images_of(planner: Planner, suite: SuiteSpec) -> Iterator[BenchmarkImages]:
+    """Yields the distinct images of every benchmark of a suite.
+
+    Raises:
+        UnknownName, MissingBenchmark, BadBenchmark: As of `add_suite`.
+    """
+    directory = directory_of(planner, suite)
+    for name in suite.benchmarks or tuple(BENCHMARKS):
+        asked = Asked()
+        if directory is not None:
+            asked = questions_of(name, directory, suite, planner.plan.storage)
+        yield BenchmarkImages(
+            name=find_benchmark(name).name,
+            digest=asked.images,
+            num_images=asked.num_images,
+            data=directory,
+            mode=suite.mode,
+            limit=suite.limit,
+        )
+
+
+def directory_of(planner: Planner, suite: SuiteSpec) -> str | None:
+    """Returns where a suite's files are; a suite without a place is noted as missing."""
+    planner.expect_data(*data_names(suite, planner.plan.scale))
+    directory = suite_directory(suite, planner.plan.storage)
+    note = f"benchmarks of {suite.name}: say --data {suite.name}=DIR"
+    if directory is None and note not in planner.plan.missing:
+        planner.plan.missing.append(note)
+    return directory
 
 
 def _add_answers(planner: Planner, recipe: Answers, name: str, count: int | None) -> None:
@@ -106,10 +150,8 @@ def _add_answers(planner: Planner, recipe: Answers, name: str, count: int | None
     )
 
 
-def questions_of(
-    name: str, directory: str, suite: SuiteSpec, storage: Storage
-) -> tuple[str, int | None]:
-    """Returns the digest of a benchmark's questions and their number.
+def questions_of(name: str, directory: str, suite: SuiteSpec, storage: Storage) -> Asked:
+    """Returns what a benchmark's questions are.
 
     Files that have not changed since are not read again, unless the code that reads them has.
     """
@@ -119,14 +161,16 @@ def questions_of(
     parts = ("data", f"questions-{asked}.json")
     if files and storage.exists(*parts):
         known = storage.read_json(*parts)
-        return known["digest"], known["count"]
+        if "images" in known:
+            return Asked(**known)
     from kdscale.eval.answers import questions_digest
     from kdscale.eval.sources import questions
 
     found = questions(name, directory, suite.limit, suite.mode)
-    digest = questions_digest(found)
-    storage.write_json({"digest": digest, "count": len(found)}, *parts)
-    return digest, len(found)
+    images = distinct_images(found)
+    asked = Asked(questions_digest(found), len(found), set_hash(images), len(images))
+    storage.write_json(asked._asdict(), *parts)
+    return asked
 
 
 @lru_cache(maxsize=1)

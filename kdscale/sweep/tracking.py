@@ -40,6 +40,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 logger = logging.getLogger(__name__)
 KEY_TAG = "kdscale.key"
 SWEEP_TAG = "kdscale.sweep"
+TAGS = ("student", "teacher", "loss", "vision", "llm", "template", "a", "b", "tap", "images")
 NOT_METRICS = {"step", "epoch", "ids", "attempt", "shards", "questions", "time"}
 SMALL_MODEL_BYTES = 64 * 2**20
 MAX_METRICS_PER_CALL = 1000  # the server's limit
@@ -153,11 +154,7 @@ class Tracker:
             "stage": stage.kind,
             "inputs": ",".join(stage.inputs),
             "scale": self._plan.scale.name,
-            **{
-                field: _name(getattr(recipe, field))
-                for field in ("student", "teacher", "loss", "vision", "llm", "template")
-                if hasattr(recipe, field)
-            },
+            **{field: _name(getattr(recipe, field)) for field in TAGS if hasattr(recipe, field)},
             "storage": stage.store(self._plan.storage).url(),
         }
         run_id = self._find_or_create({KEY_TAG: stage.key}, f"{stage.kind}: {stage.name}", tags)

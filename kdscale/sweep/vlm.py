@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from kdscale.sweep.plan import Planner
 
 
-def add_vlm(planner: Planner, recipe: Vlm, name: str, path: list[str]) -> None:
-    """Adds the stages of a VLM and, before them, those of its tower.
+def add_vlm(planner: Planner, recipe: Vlm, name: str, path: list[str]) -> TowerSpec:
+    """Adds the stages of a VLM and, before them, those of its tower, which it returns.
 
     Raises:
         UnknownName: If a role or the recipe's name is not known.
@@ -46,6 +46,8 @@ def add_vlm(planner: Planner, recipe: Vlm, name: str, path: list[str]) -> None:
     suite = suite_of(recipe.suite, planner.plan.scale)
     if suite is not None:
         add_suite(planner, suite, f"{STAGE_WEIGHTS}finetune/{key}", second.run, path)
+    assert isinstance(first.vision, TowerSpec)
+    return first.vision
 
 
 def _stages(planner: Planner, recipe: Vlm, path: list[str]) -> tuple[VlmStage, VlmStage]:
@@ -100,14 +102,23 @@ def tower_of(planner: Planner, recipe: Vlm, path: list[str]) -> TowerSpec:
     vision = recipe.vision
     if isinstance(vision, Distill):
         return planner.distill(vision, f"student of {recipe.recipe}", path)
-    if isinstance(vision, TowerSpec):
-        return vision
+    return tower_named(planner, vision, path)
+
+
+def tower_named(planner: Planner, value: str | TowerSpec, path: list[str]) -> TowerSpec:
+    """Returns the tower that a role means; adds the stage that trains it where there is one.
+
+    Raises:
+        UnknownName: If the role is not known.
+    """
+    if isinstance(value, TowerSpec):
+        return value
     known = towers(planner.plan.scale)
-    if vision not in known:
-        raise unknown_name("tower", vision, known)
-    found = known[vision]
+    if value not in known:
+        raise unknown_name("tower", value, known)
+    found = known[value]
     if isinstance(found, Distill):
-        tower = planner.teacher(Distill(student="vit_t16", teacher=vision, loss="kl"), path)
+        tower = planner.teacher(Distill(student="vit_t16", teacher=value, loss="kl"), path)
         assert tower is not None
         return tower
     return found.replace(weights="random") if planner.plan.scale.random_weights else found
