@@ -96,7 +96,7 @@ def walk_of(plan: Plan) -> Walk:
         needed = _with_inputs(fresh, plan.stages)
         if needed:
             path = tuple(key for key in trial.path if key in needed)
-            trials.append(replace(trial, path=path))
+            trials.append(replace(trial, path=path, key=path[-1]))
         builds = {found: known[found] for found in signatures.values()}
         cells.append(Cell(sweep=trial.sweep, name=trial.trial.name, builds=builds))
     used = {key for trial in trials for key in trial.path}
