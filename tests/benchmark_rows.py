@@ -16,7 +16,7 @@ from kdscale.eval.prompts import LETTER, NUMBER, ONLY_LETTER, REASONING, SHORT, 
 from kdscale.mini.benchmark_schemas import SCHEMAS
 
 
-def encoded(colour: str = "red") -> bytes:
+def encoded(colour: str | tuple[int, ...] = "red") -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (4, 4), colour).save(buffer, "PNG")
     return buffer.getvalue()

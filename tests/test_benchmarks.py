@@ -6,7 +6,9 @@ import ast
 import hashlib
 import io
 import re
+import tracemalloc
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +17,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from benchmark_rows import PICTURE, RED, WORKED, write
+from benchmark_rows import PICTURE, RED, WORKED, encoded, write
 from PIL import Image
 
 from kdscale.core.config import MiniWorld
-from kdscale.core.types import BadBenchmark, ConfigError, MissingBenchmark, UnknownName
+from kdscale.core.types import (
+    BadBenchmark,
+    ConfigError,
+    DataError,
+    MissingBenchmark,
+    UnknownName,
+)
 from kdscale.eval.benchmarks import BENCHMARKS
+from kdscale.eval.images import StoredImage, read_images
 from kdscale.eval.matching import is_right
 from kdscale.eval.prompts import LETTER, LETTERS, WORD
 from kdscale.eval.questions import Question
-from kdscale.eval.sources import questions
+from kdscale.eval.sources import hub_commit, questions
 from kdscale.mini.benchmark_schemas import SCHEMAS
 from kdscale.mini.benchmarks import write_benchmarks
 from kdscale.mini.scenes import COLOURS, HELD_OUT, SHAPES
@@ -47,6 +56,17 @@ def asked(folder: Path) -> dict[str, list[Question]]:
     return {name: questions(name, folder) for name in BENCHMARKS}
 
 
+@pytest.fixture(scope="module")
+def pictures(asked: dict[str, list[Question]]) -> dict[Any, bytes]:
+    """The images that they show."""
+    return read_images(stored(q for found in asked.values() for q in found))
+
+
+def stored(asked: Iterable[Question]) -> list[StoredImage]:
+    """Where the images of questions are."""
+    return [q.image for q in asked if isinstance(q.image, StoredImage)]
+
+
 def test_the_table_is_the_papers():
     columns = (
         "mme_p mmbench seedbench gqa scienceqa mmmu mathvista ai2d chartqa ocrbench textvqa docvqa "
@@ -66,7 +86,7 @@ def test_worked_examples(tmp_path: Path, name: str):
     assert first.max_new_tokens == {"mme_p": 32, "gqa": 128, "chartqa": 128, "docvqa": 128}.get(
         name, 512
     )
-    assert first.image == (None if name == "scienceqa" else RED)
+    assert [*read_images(stored([first])).values()] == ([] if name == "scienceqa" else [RED])
     assert first.image_sha256 == (hashlib.sha256(RED).hexdigest() if first.image else "")
 
 
@@ -119,7 +139,8 @@ def test_other_forms_of_rows(tmp_path: Path):
     seen = questions(
         "scienceqa", write(tmp_path / "d", "scienceqa", {"image": PICTURE, "hint": ""})
     )
-    assert (seen[0].image, seen[0].prompt[:5]) == (RED, "Which")
+    assert [*read_images(stored(seen)).values()] == [RED]
+    assert seen[0].prompt.startswith("Which")
     two = questions("realworldqa", write(tmp_path / "e", "realworldqa", {"answer": "Right"}))[0]
     assert (two.options, two.question_type) == ((), "open")
 
@@ -233,6 +254,45 @@ def test_what_is_asked_for_must_make_sense(folder: Path):
         write_benchmarks(folder, WORLD.replace(split="train"))
 
 
+def test_images_are_read_where_they_are_and_checked(tmp_path: Path):
+    """Rows in several files and row groups, asked for in any order; a changed file is named."""
+    folder = tmp_path / "chartqa"
+    folder.mkdir()
+    images = [encoded((n, 0, 0)) for n in range(90)]
+    rows = [WORKED["chartqa"][0] | {"image": {"bytes": data, "path": None}} for data in images]
+    for part in range(2):
+        table = pa.Table.from_pylist(rows[45 * part : 45 * part + 45], SCHEMAS["chartqa"])
+        pq.write_table(table, folder / f"part-{part}.parquet", row_group_size=20)
+    found = stored(questions("chartqa", tmp_path))
+    for chosen in (range(90), (89, 3, 44, 45, 46), (7,), ()):
+        read = read_images(found[n] for n in chosen)
+        assert [read[found[n]] for n in chosen] == [images[n] for n in chosen]
+    pq.write_table(table.slice(1), folder / "part-1.parquet")
+    with pytest.raises(DataError, match=r"part-1\.parquet has changed"):
+        read_images([found[50]])
+    with pytest.raises(DataError, match=r"part-1\.parquet has changed"):
+        read_images([found[89]])
+    (folder / "part-0.parquet").unlink()
+    with pytest.raises(DataError, match=r"part-0\.parquet cannot be read any more"):
+        read_images(found[:1])
+
+
+def test_questions_hold_no_images(tmp_path: Path):
+    """However many images there are, a few of them are in memory at once."""
+    data = RED + bytes(200_000)
+    rows = [WORKED["chartqa"][0] | {"image": {"bytes": data, "path": None}}] * 300
+    (folder := tmp_path / "chartqa").mkdir()
+    table = pa.Table.from_pylist(rows, SCHEMAS["chartqa"])
+    pq.write_table(table, folder / "rows.parquet", row_group_size=100, use_dictionary=False)
+    tracemalloc.start()
+    asked = questions("chartqa", tmp_path)
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(asked) == 300
+    assert kept < 3e6
+    assert peak < 80 * len(data)  # 60 MB are in the file
+
+
 def test_folders_are_found_in_either_layout(folder: Path, asked: Any, tmp_path: Path):
     assert questions("ai2d", folder / "ai2d") == asked["ai2d"]
     flat = tmp_path / "ai2d"
@@ -241,6 +301,23 @@ def test_folders_are_found_in_either_layout(folder: Path, asked: Any, tmp_path: 
     pq.write_table(whole.slice(0, 50), flat / "part-0.parquet")
     pq.write_table(whole.slice(50), flat / "part-1.parquet")
     assert questions("ai2d", tmp_path) == asked["ai2d"]
+
+
+def test_a_revision_is_pinned_to_its_commit(folder: Path, tmp_path: Path, monkeypatch: Any):
+    commit = "0123456789abcdef" * 2 + "01234567"
+    cache = tmp_path / "datasets--lmms-lab--GQA" / "snapshots" / commit
+    cache.parent.mkdir(parents=True)
+    cache.symlink_to(folder / "gqa")
+    wanted: list[str] = []
+
+    def fetch(repo: str, **options: Any) -> str:
+        wanted.append(options["revision"])
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert hub_commit("gqa") == hub_commit("gqa", "v2") == commit
+    assert questions("gqa", revision=commit)[0].benchmark == "gqa"
+    assert wanted == ["main", "v2", commit]
 
 
 def test_the_hub_is_asked_only_without_a_directory(folder: Path, monkeypatch: Any, asked: Any):
@@ -254,6 +331,8 @@ def test_the_hub_is_asked_only_without_a_directory(folder: Path, monkeypatch: An
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     assert questions("gqa") == asked["gqa"]
+    assert hub_commit("gqa", "v1.0") == "v1.0"  # that folder is no cache of the hub's
+    calls.pop()
     patterns = ["testdev_balanced_instructions/testdev-*.parquet"]
     patterns.append("testdev_balanced_images/testdev-*.parquet")
     assert calls == [("lmms-lab/GQA", "dataset", "main", patterns)]
@@ -280,7 +359,9 @@ def test_limits_keep_groups_whole(folder: Path, name: str, limit: int, ids: list
     assert [int(q.item_id) for q in questions(name, folder, limit)] == ids
 
 
-def test_every_miniature_benchmark_can_be_asked(asked: dict[str, list[Question]]):
+def test_every_miniature_benchmark_can_be_asked(
+    asked: dict[str, list[Question]], pictures: dict[Any, bytes]
+):
     for name, found in asked.items():
         spec = BENCHMARKS[name]
         assert len(found) == len({q.item_id for q in found}) == N
@@ -289,7 +370,7 @@ def test_every_miniature_benchmark_can_be_asked(asked: dict[str, list[Question]]
             assert q.prompt.endswith((spec.suffix or "", spec.open_suffix or "\0"))
             assert (q.image is None) == (q.question_type == "text")
             if q.image is not None:
-                assert Image.open(io.BytesIO(q.image)).size == (64, 64)
+                assert Image.open(io.BytesIO(pictures[q.image])).size == (64, 64)
             if q.options and name != "realworldqa":
                 assert all(option in q.prompt for option in q.options)
     assert len({q.category for q in asked["mme_p"]}) == 14
@@ -336,7 +417,9 @@ def nearest_colours(image: bytes) -> tuple[np.ndarray[Any, Any], np.ndarray[Any,
     return distance.argmin(-1), distance.min(-1)
 
 
-def test_answers_can_be_read_off_the_images(asked: dict[str, list[Question]]):
+def test_answers_can_be_read_off_the_images(
+    asked: dict[str, list[Question]], pictures: dict[Any, bytes]
+):
     names, seen = list(COLOURS), Counter()
     for found in asked.values():
         for q in found:
@@ -346,7 +429,7 @@ def test_answers_can_be_read_off_the_images(asked: dict[str, list[Question]]):
             gold = q.gold if isinstance(q.gold, str) else q.gold[0]
             if q.options and gold in LETTERS:
                 gold = q.options[LETTERS.index(gold)]
-            nearest, distance = nearest_colours(q.image)
+            nearest, distance = nearest_colours(pictures[q.image])
             if kind[1] == "sign":
                 shown = np.bincount(nearest[18:22, 6:58].ravel()).argmax()
             else:

@@ -22,6 +22,7 @@ class Answers(Recipe):
         benchmark: One of the 16 names of `kdscale.eval.benchmarks`.
         questions: What decides the questions: `kdscale.eval.answers.questions_digest` of them.
         data: The directory that they are read from, None for the hub.
+        revision: Commit on the hub, None for that of `kdscale.eval.benchmarks`.
         mode: How they are read; where it changes them, `questions` differs.
         blind: Ask without the images.
         limit: Ask the first so many only; None for all.
@@ -38,6 +39,7 @@ class Answers(Recipe):
     benchmark: str
     questions: str
     data: Annotated[str | None, Field(json_schema_extra=NOT_IN_KEY)] = None
+    revision: Annotated[str | None, Field(json_schema_extra=NOT_IN_KEY)] = None
     mode: Annotated[Mode, Field(json_schema_extra=NOT_IN_KEY)] = "paper"
     blind: bool = False
     limit: int | None = Field(default=None, gt=0)

@@ -38,6 +38,7 @@ class Benchmark:
         group_size: Rows that are scored together, where all groups are equally large.
         has_rotations: Rows are scored together in groups that differ in size.
         images: Glob of the images' files where the rows only name them.
+        image_column: Where the rows or those files hold the image.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Benchmark:
     group_size: int | None = None
     has_rotations: bool = False
     images: str | None = None
+    image_column: str = "image"
 
 
 _ALL = (
@@ -140,6 +142,7 @@ _ALL = (
         num_rows=900,
         num_asked=900,
         columns=("question", "options", "image_1", "answer", "question_type"),
+        image_column="image_1",
         labels=("id",),
         read=rows.mmmu,
         suffix=prompts.LETTER,
@@ -154,6 +157,7 @@ _ALL = (
         num_rows=1000,
         num_asked=1000,
         columns=("query", "decoded_image", "choices", "answer", "question_type"),
+        image_column="decoded_image",
         labels=("metadata",),
         read=rows.mathvista,
         suffix=prompts.REASONING,

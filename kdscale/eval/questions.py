@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from kdscale.eval.images import StoredImage
+
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
@@ -14,7 +16,7 @@ class Question:
         benchmark: One of the 16 names of `kdscale.eval`.
         item_id: Row number in the data set's file, in decimal; unique within the benchmark.
         prompt: The user's turn without the image: body and suffix.
-        image: The encoded image, None where the question has none.
+        image: The encoded image or where it is, None where the question has none.
         image_sha256: Hash of the image's bytes in hexadecimal, empty where there is none.
         gold: The right answer, or all accepted ones.
         options: Texts of the options in order, empty for open questions.
@@ -27,7 +29,7 @@ class Question:
     benchmark: str
     item_id: str
     prompt: str
-    image: bytes | None
+    image: bytes | StoredImage | None
     image_sha256: str
     gold: str | tuple[str, ...]
     options: tuple[str, ...] = ()

@@ -15,6 +15,7 @@ from PIL import Image
 
 from kdscale.core.types import DataError
 from kdscale.eval import prompts
+from kdscale.eval.images import StoredImage, encoded
 from kdscale.eval.prompts import LETTERS, Mode
 
 Row = Mapping[str, Any]
@@ -36,14 +37,14 @@ class Asked:
     Attributes:
         body: The prompt without its suffix.
         is_open: No options to choose from, in benchmarks that have both.
-        image: Encoded, as stored.
+        image: Encoded, as stored; or where it is stored, if the reader of the file has checked it.
 
     The other fields are those of `kdscale.eval.questions.Question`.
     """
 
     body: str
     gold: str | tuple[str, ...]
-    image: bytes | None
+    image: bytes | StoredImage | None
     is_open: bool = False
     options: tuple[str, ...] = ()
     question_type: str = ""
@@ -97,7 +98,7 @@ def seedbench(row: Row, mode: Mode) -> Asked | None:
     return Asked(
         body=prompts.with_options(_text(row, "question"), options),
         gold=_letter(row["answer"], options),
-        image=_image({"image": images[0]}),
+        image=_image(row),
         options=options,
         category=_label(row, "question_type_id"),
     )
@@ -335,10 +336,9 @@ def _letter_at(place: int, options: tuple[str, ...]) -> str:
     return LETTERS[place]
 
 
-def _image(row: Row, name: str = "image") -> bytes:
+def checked_image(value: Any, name: str = "image") -> bytes:
     """The bytes of an image, whose header must be readable."""
-    value = row[name]
-    data = value.get("bytes") if isinstance(value, Mapping) else value
+    data = encoded(value)
     if not isinstance(data, bytes) or not data:
         raise BadRow(f"{name} is missing")
     try:
@@ -346,3 +346,9 @@ def _image(row: Row, name: str = "image") -> bytes:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadRow(f"{name} is no image: {error}") from error
     return data
+
+
+def _image(row: Row, name: str = "image") -> bytes | StoredImage:
+    """The image of a row, unless its file's reader has checked it already."""
+    value = row[name]
+    return value if isinstance(value, StoredImage) else checked_image(value, name)

@@ -1,13 +1,16 @@
-"""A benchmark's questions, from a folder or the Hugging Face hub, checked before any is asked."""
+"""A benchmark's questions, from a folder or the Hugging Face hub, checked before any is asked.
+
+Every image is looked at, a few at a time, and none is kept: questions say where theirs is.
+"""
 
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,14 +19,16 @@ import pyarrow.parquet as pq
 
 from kdscale.core.types import BadBenchmark, ConfigError, MissingBenchmark, unknown_name
 from kdscale.eval.benchmarks import Benchmark, find_benchmark
+from kdscale.eval.images import BUFFER_BYTES, ROWS_AT_ONCE, StoredImage, sha256_of
 from kdscale.eval.prompts import Mode
 from kdscale.eval.questions import Question
-from kdscale.eval.rows import Asked, BadRow, Row
+from kdscale.eval.rows import Asked, BadRow, Row, checked_image
 from kdscale.eval.scores import check_items
 
-ROWS_AT_ONCE = 32
 MAX_PROBLEMS_SHOWN = 10
 _PART = re.compile(r"-\d{5}-of-(\d{5})")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+Place = Callable[..., StoredImage]  # where a row's image is, its hash still to come
 
 
 def questions(
@@ -31,6 +36,7 @@ def questions(
     directory: str | Path | None = None,
     limit: int | None = None,
     mode: Mode = "paper",
+    revision: str | None = None,
 ) -> list[Question]:
     """Reads what a benchmark asks.
 
@@ -43,9 +49,11 @@ def questions(
             question's rotations) stays together. None for all.
         mode: `paper` asks as the reference scripts do, oddities included; `corrected` prints all
             of MMMU's options and sets MMVP's swapped golds right.
+        revision: Commit, tag or branch on the hub; None for that of the table.
 
     Returns:
-        The questions in the order of the file. `item_id` is the row's number there, from 0.
+        The questions in the order of the file. `item_id` is the row's number there, from 0. Their
+        images stay in the files (`kdscale.eval.images.StoredImage`).
 
     Raises:
         UnknownName: No such benchmark or mode.
@@ -60,7 +68,8 @@ def questions(
         raise unknown_name("mode", mode, get_args(Mode))
     if limit is not None and limit < 1:
         raise ConfigError(f"limit is {limit}; ask at least one question, or None for all")
-    root = _download(spec) if directory is None else _folder(spec, Path(directory).expanduser())
+    place = None if directory is None else Path(directory).expanduser().absolute()
+    root = _download(spec, revision) if place is None else _folder(spec, place)
     is_grouped = spec.group_size is not None or spec.has_rotations
     found, problems = _read(spec, root, mode, None if is_grouped else limit)
     if problems := problems or _incomplete_groups(spec, found):
@@ -72,34 +81,60 @@ def questions(
     return chosen
 
 
+def hub_commit(benchmark: str, revision: str | None = None) -> str | None:
+    """Fetches a benchmark from the hub, and returns the commit that a revision stands for now.
+
+    Args:
+        benchmark: A key of `kdscale.eval.benchmarks.BENCHMARKS`.
+        revision: Commit, tag or branch; None for that of the table.
+
+    Returns:
+        40 hexadecimal digits; what was given where the hub's client does not tell.
+
+    Raises:
+        UnknownName, MissingBenchmark: As `questions`.
+    """
+    return commit_of(_download(find_benchmark(benchmark), revision)) or revision
+
+
+def commit_of(path: str | Path) -> str | None:
+    """Returns the commit whose files the hub's cache keeps at a path, None elsewhere."""
+    parts = Path(path).parts
+    inside = len(parts) > 1 and parts[-2] == "snapshots" and _COMMIT.fullmatch(parts[-1])
+    return parts[-1] if inside else None
+
+
 def _read(
     spec: Benchmark, root: Path, mode: Mode, limit: int | None
 ) -> tuple[list[Question], list[str]]:
     """Takes the rows apart, collecting what is wrong with them."""
     found: list[Question] = []
     problems: list[str] = []
-    for number, row in enumerate(_rows(spec, root)):
+    for number, (row, place) in enumerate(_rows(spec, root)):
         try:
             asked = spec.read(row, mode)
         except BadRow as error:
             problems.append(f"item {number}: {error}")
         else:
             if asked is not None:
-                found.append(_question(spec, str(number), asked))
+                found.append(_question(spec, str(number), asked, place))
         if limit is not None and len(found) + len(problems) >= limit:
             break
     return found, problems
 
 
-def _question(spec: Benchmark, item_id: str, asked: Asked) -> Question:
-    """Adds what the benchmark says of all its questions."""
+def _question(spec: Benchmark, item_id: str, asked: Asked, place: Place) -> Question:
+    """Adds what the benchmark says of all its questions, and lets go of the image."""
     suffix = spec.open_suffix if asked.is_open else spec.suffix
+    image = asked.image
+    if isinstance(image, bytes):
+        image = place(sha256=sha256_of(image))
     return Question(
         benchmark=spec.name,
         item_id=item_id,
         prompt=asked.body if suffix is None else f"{asked.body}\n{suffix}",
-        image=asked.image,
-        image_sha256="" if asked.image is None else hashlib.sha256(asked.image).hexdigest(),
+        image=image,
+        image_sha256="" if image is None else image.sha256,
         gold=asked.gold,
         options=asked.options,
         question_type=asked.question_type,
@@ -142,17 +177,18 @@ def _report(spec: Benchmark, problems: list[str]) -> str:
     return f"{spec.name}: {len(problems)} rows cannot be asked: {shown}{rest}"
 
 
-def _download(spec: Benchmark) -> Path:
+def _download(spec: Benchmark, revision: str | None) -> Path:
     """Fetches the benchmark's files, or finds them in the hub's cache."""
     from huggingface_hub import constants, snapshot_download
 
+    revision = revision or spec.revision
     patterns = [spec.files] if spec.images is None else [spec.files, spec.images]
     try:
         root = snapshot_download(
-            spec.hub_id, repo_type="dataset", revision=spec.revision, allow_patterns=patterns
+            spec.hub_id, repo_type="dataset", revision=revision, allow_patterns=patterns
         )
     except Exception as error:  # whatever the hub's client and its transport raise
-        place = f"data set {spec.hub_id} at {spec.revision}"
+        place = f"data set {spec.hub_id} at {revision}"
         cause = (
             "is not in the hub's cache, and HF_HUB_OFFLINE is set"
             if constants.HF_HUB_OFFLINE
@@ -194,26 +230,38 @@ def _files(spec: Benchmark, root: Path, pattern: str) -> list[Path]:
     return files
 
 
-def _rows(spec: Benchmark, root: Path) -> Iterator[Row]:
-    """Yields the rows with their images."""
+def _rows(spec: Benchmark, root: Path) -> Iterator[tuple[Row, Place]]:
+    """Yields the rows with their images, and where those are."""
     if spec.files.endswith(".csv"):
         yield from _csv_rows(spec, root)
         return
     images = None if spec.images is None else _named_images(spec, root, spec.images)
     for file in _files(spec, root, spec.files):
-        for row in _parquet_rows(spec, file, spec.columns, spec.labels):
+        rows = _parquet_rows(spec, file, spec.columns, spec.labels)
+        for number, row in enumerate(rows):
             if images is not None:
                 row["image"] = images.get(row["imageId"])
-            yield row
+            yield row, _place(spec, file, number)
+
+
+def _place(spec: Benchmark, file: Path, row: int) -> Place:
+    """Returns where a row of a Parquet file has its image."""
+    return partial(StoredImage, file=str(file), column=spec.image_column, row=row)
 
 
 def _named_images(spec: Benchmark, root: Path, pattern: str) -> dict[Any, Any]:
-    """Reads a table of images by their ids."""
-    return {
-        row["id"]: row["image"]
-        for file in _files(spec, root, pattern)
-        for row in _parquet_rows(spec, file, ("id", "image"))
-    }
+    """Looks at a table of images: {id: where it is}, or what is no image as it was found."""
+    images: dict[Any, Any] = {}
+    for file in _files(spec, root, pattern):
+        for number, row in enumerate(_parquet_rows(spec, file, ("id", spec.image_column))):
+            found = row[spec.image_column]
+            try:
+                digest = sha256_of(checked_image(found))
+            except BadRow:  # which matters only where a question shows it
+                images[row["id"]] = found
+            else:
+                images[row["id"]] = _place(spec, file, number)(sha256=digest)
+    return images
 
 
 def _parquet_rows(
@@ -221,7 +269,7 @@ def _parquet_rows(
 ) -> Iterator[dict[str, Any]]:
     """Reads a Parquet file a few rows at a time."""
     try:
-        with pq.ParquetFile(file) as table:
+        with pq.ParquetFile(file, buffer_size=BUFFER_BYTES) as table:
             present = table.schema_arrow.names
             _check_columns(spec, file, columns, present)
             wanted = [*columns, *(name for name in labels if name in present)]
@@ -231,7 +279,7 @@ def _parquet_rows(
         raise BadBenchmark(f"{spec.name}: {file} cannot be read: {error}") from error
 
 
-def _csv_rows(spec: Benchmark, root: Path) -> Iterator[Row]:
+def _csv_rows(spec: Benchmark, root: Path) -> Iterator[tuple[Row, Place]]:
     """Reads MMVP's questions; line i asks about image i."""
     file, images = _files(spec, root, spec.files)[0], spec.images or ""
     folder = root / Path(images).parent
@@ -247,7 +295,7 @@ def _csv_rows(spec: Benchmark, root: Path) -> Iterator[Row]:
         image = folder / f"{row['index']}.jpg"
         row["answer"] = row["correct answer"]
         row["image"] = image.read_bytes() if image.is_file() else None
-        yield row
+        yield row, partial(StoredImage, file=str(image))
 
 
 def _check_columns(
