@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from PIL import Image
 from transformers import GenerationConfig
 
 from kdscale.core.answers_config import Answers, answers_key
+from kdscale.core.journal import JournalReader
 from kdscale.core.types import (
     AnswerFailed,
     CacheCorrupt,
@@ -33,7 +35,10 @@ from kdscale.eval import answers as kept
 from kdscale.eval.generate import Generator, Prompt, differences
 from kdscale.eval.questions import Question
 from kdscale.stages import ask as ask_module
-from kdscale.stages.ask import Asker, ask, decode_any, prompts_of
+from kdscale.stages.ask import Asker, ask, ask_all, decode_any, prompts_of
+from kdscale.stages.jobs import AnswersJob
+from kdscale.sweep.plan import Stage
+from kdscale.sweep.progress import stage_state
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +153,7 @@ def test_a_stage_goes_on_where_it_stopped(
     cut = asking.job(tmp_path / "cut", model, asked, batch_size=3)
     assert cut.key == whole.key
     first, *_ = kept.blocks_of(asked)
-    Asker(cut)(pickle.dumps(first))
+    Asker([cut])(pickle.dumps((0, first)))
     with pytest.raises(UnfinishedStage, match="1 blocks of answers of 3; ask again"):
         kept.load_items(cut.stage)
     seen: list[str] = []
@@ -162,6 +167,63 @@ def test_a_stage_goes_on_where_it_stopped(
     ask(cut, asked)
     assert seen == [str(n) for n in range(8, 20)]
     assert kept.load_items(cut.stage) == items
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_the_journal_counts_questions_and_repeats_no_step(tmp_path: Path, model: str) -> None:
+    asked = asking.questions(20)
+    job = asking.job(tmp_path, model, asked)
+
+    def give_up(done: int, total: int) -> None:
+        if done == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ask(job, asked, give_up)
+    recipe = job.recipe
+    stage = Stage(
+        kind=job.kind,
+        key=job.key,
+        name="mmmu",
+        recipe=recipe,
+        inputs=(),
+        num_samples=20,
+        total_steps=20,
+        flops=0.0,
+        bytes_out=0.0,
+        reused=False,
+    )
+    state, words = stage_state(stage, job.stage.storage)
+    assert state == "interrupted"
+    assert words.startswith("question 8/20  ")
+    ask(job, asked)
+    lines = JournalReader(job.stage).new_lines()
+    assert [line["step"] for line in lines] == [8, 16, 20]
+    assert all(line["samples_per_s"] > 0 for line in lines)
+    assert stage_state(stage, job.stage.storage) == ("done", "")
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_several_benchmarks_load_the_model_once(tmp_path: Path) -> None:
+    model, asked = asking.save(tmp_path / "vlm"), asking.questions(12)
+    jobs = [asking.job(tmp_path, model, asked, blind=blind) for blind in (False, True)]
+    other = [replace(q, benchmark="gqa") for q in asked]
+    third = asking.job(tmp_path, model, tuple(other), benchmark="gqa")
+    told: list[str] = []
+
+    def tell(job: AnswersJob, done: int, total: int) -> None:
+        told.append(f"{job.recipe.benchmark} {job.recipe.blind} {done}/{total}")
+        if done:  # from here on it is held, not read again
+            shutil.rmtree(model, ignore_errors=True)
+
+    ask_all([(jobs[0], asked), (jobs[1], asked), (third, other)], tell)
+    assert told == [
+        *("mmmu False 0/12", "mmmu False 8/12", "mmmu False 12/12"),
+        *("mmmu True 0/12", "mmmu True 8/12", "mmmu True 12/12"),
+        *("gqa False 0/12", "gqa False 8/12", "gqa False 12/12"),
+    ]
+    light, _, last = ([i["prediction"] for i in kept.load_items(j.stage)] for j in (*jobs, third))
+    assert light == last
 
 
 @pytest.mark.usefixtures("small_blocks")

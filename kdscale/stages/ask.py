@@ -1,31 +1,34 @@
 """The answers stage: a VLM answers the questions of one benchmark, block by block.
 
 The unit of work is a block of questions (`kdscale.eval.answers`); a block that is written is not
-asked again.
+asked again. Blocks carry no images: whoever answers one reads those of its 64 questions.
 """
 
 from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
+from itertools import chain, groupby
 from typing import Any
 
 from transformers.utils import logging
 
 from kdscale.core.answers_config import Answers
-from kdscale.core.config import STAGE_WEIGHTS, Precision
+from kdscale.core.config import STAGE_WEIGHTS, Execution, Precision
+from kdscale.core.journal import JournalWriter
 from kdscale.core.storage import Storage, check_lease
 from kdscale.core.types import DataError
 from kdscale.data.samples import decode
 from kdscale.eval.answers import Block, blocks_of, missing, questions_digest, write_block
 from kdscale.eval.generate import Generator, Prompt
+from kdscale.eval.images import StoredImage, read_images
 from kdscale.eval.questions import Question
 from kdscale.models.language import DTYPES
 from kdscale.models.vlm import attention_for, load_vlm
-from kdscale.stages.by_shard import device_for, run_shards, shard_row, threads_of
+from kdscale.stages.by_shard import clear_leftovers, device_for, threads_of
 from kdscale.stages.jobs import AnswersJob
 from kdscale.stages.loop import check_precision
 
@@ -34,7 +37,7 @@ class Asker:
     """Answers blocks of questions with one model, loaded once.
 
     Args:
-        job: Whom to ask what.
+        jobs: Whom to ask what; one model in one precision, as of `team_of`.
         device: Where the model runs, None for a GPU if there is one.
         threads: Threads that decode ahead.
 
@@ -43,15 +46,17 @@ class Asker:
         PrecisionError, ConfigError: It cannot run here like that.
     """
 
-    def __init__(self, job: AnswersJob, device: str | None = None, threads: int = 1) -> None:
-        recipe, place = job.recipe, device_for(device)
-        self.job = job
+    def __init__(
+        self, jobs: Sequence[AnswersJob], device: str | None = None, threads: int = 1
+    ) -> None:
+        recipe, place = jobs[0].recipe, device_for(device)
+        self.jobs = jobs
         check_precision(recipe.precision, place.type)
         if recipe.attention == "flash_attention_2":
             attention_for(recipe.attention, place, recipe.precision)
         logging.disable_progress_bar()  # its bar would cut through ours
         model, processor = _loaded(
-            job.storage_root, recipe.model, recipe.precision, recipe.attention, str(place)
+            jobs[0].storage_root, recipe.model, recipe.precision, recipe.attention, str(place)
         )
         self.generator = Generator(
             model, processor, decode_any, batch_size=recipe.batch_size, threads=threads
@@ -61,22 +66,30 @@ class Asker:
         """Answers one block and writes its file.
 
         Args:
-            packed: A pickled `Block`.
+            packed: A pickled number of a job, and one of its blocks.
 
         Returns:
-            As of `kdscale.stages.by_shard.shard_row`.
+            That number, how many questions were answered, and in how many seconds.
 
         Raises:
-            DataError: An image cannot be decoded; names the item.
+            DataError: An image cannot be read or decoded; names the item.
             AnswerFailed, WeightsError: As `kdscale.eval.generate.Generator`.
             StorageError: The file could not be written; nothing half-written remains.
         """
         began = time.perf_counter()
-        block: Block = pickle.loads(packed)
-        answers = self.generator(prompts_of(block.questions, blind=self.job.recipe.blind))
-        lengths = [len(answer.token_ids) for answer in answers]
-        write_block(self.job.stage, block, [answer.text for answer in answers], lengths)
-        return shard_row(block.number, len(answers), began, {"blocks": block.count})
+        number, block = pickle.loads(packed)
+        job = self.jobs[number]
+        try:
+            answers = self.generator(prompts_of(block.questions, blind=job.recipe.blind))
+            lengths = [len(answer.token_ids) for answer in answers]
+            write_block(job.stage, block, [answer.text for answer in answers], lengths)
+        except Exception as error:
+            from kdscale.stages.worker import note_failure
+
+            note_failure(job.stage, error)  # whoever waits cannot tell whose block it was
+            raise
+        seconds = time.perf_counter() - began
+        return {"job": number, "samples": len(answers), "seconds": seconds}
 
 
 @lru_cache(maxsize=1)
@@ -95,12 +108,28 @@ def ask(
     questions: Sequence[Question],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Asks what is left of a benchmark: in this process, or by a pool of actors.
+    """Asks what is left of one benchmark; arguments and errors as of `ask_all`.
 
     Args:
-        job: Whom to ask; `run.num_workers` actors, or none where it is 0.
+        job: Whom to ask.
         questions: Those of its recipe (`read_questions`).
         progress: Told how many questions are answered, and of how many.
+    """
+    ask_all([(job, questions)], lambda _, done, total: progress(done, total))
+
+
+def ask_all(
+    asked: Iterable[tuple[AnswersJob, Sequence[Question]]],
+    progress: Callable[[AnswersJob, int, int], None] = lambda job, done, total: None,
+) -> None:
+    """Asks what is left of benchmarks: in this process, or by a pool of actors.
+
+    Neighbours of one model and one execution share a pool, whose actors load the model once.
+
+    Args:
+        asked: Whom to ask what: jobs with `run.num_workers` actors, or none where it is 0, each
+            with the questions of its recipe. In this process one is taken after the other.
+        progress: Told of which job how many questions are answered, and of how many.
 
     Raises:
         StageFailed: If a block could not be answered.
@@ -108,29 +137,103 @@ def ask(
         DataError: The questions are not those of the recipe.
         CacheMismatch, CacheCorrupt: What was answered before does not fit them.
     """
-    started = time.time()
-    left, num_blocks = pending(job, questions)
-    done = len(questions) - sum(len(block.questions) for block in left)
-    progress(done, len(questions))
-    make = partial(Asker, job, None, threads_of(job))
-    for row in run_shards(job, [pickle.dumps(block) for block in left], make, num_blocks):
-        done += row["samples"]
-        progress(done, len(questions))
-    check_lease(job.stage, job.lease)
-    seconds = round(time.time() - started, 1)
-    job.stage.finish(job.record | {"seconds": seconds, "blocks": num_blocks})
+    for _, team in groupby(asked, lambda pair: team_of(pair[0])):
+        began = time.time()
+        rounds = [_Round(job, questions, progress) for job, questions in team]
+        whole = [each for each in rounds if each.is_whole]  # but for its last mark
+        for each in chain(whole, _answered(rounds)):
+            if each.is_whole:
+                each.finish(time.time() - began)
+                began = time.time()
+
+
+class _Round:
+    """One benchmark being asked: what is left of it, and its journal.
+
+    A step of the journal is a number of questions answered; blocks that an earlier attempt has
+    written are behind the first one, so that no step comes twice.
+    """
+
+    def __init__(
+        self,
+        job: AnswersJob,
+        questions: Sequence[Question],
+        progress: Callable[[AnswersJob, int, int], None],
+    ) -> None:
+        self.job, self.total, self._progress = job, len(questions), progress
+        self.left, self._num_blocks = pending(job, questions)
+        self.done = self.total - sum(len(block.questions) for block in self.left)
+        self._journal = JournalWriter(job.stage, 1)
+        job.stage.forget_failure()
+        clear_leftovers(job)
+        progress(job, self.done, self.total)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every question is answered."""
+        return self.done == self.total
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Notes a block that was answered."""
+        self.done += row["samples"]
+        speed = row["samples"] / row["seconds"]
+        self._journal.append({"step": self.done, "asked": self.total, "samples_per_s": speed})
+        self._progress(self.job, self.done, self.total)
+
+    def finish(self, seconds: float) -> None:
+        """Marks the stage done."""
+        check_lease(self.job.stage, self.job.lease)
+        about = {"seconds": round(seconds, 1), "blocks": self._num_blocks}
+        self.job.stage.finish(self.job.record | about)
+
+
+def _answered(rounds: Sequence[_Round]) -> Iterator[_Round]:
+    """Answers what is left, and yields after each block whose it was."""
+    jobs = [each.job for each in rounds]
+    items = [pickle.dumps((n, block)) for n, each in enumerate(rounds) for block in each.left]
+    run, make = jobs[0].recipe.run or Execution(), partial(Asker, jobs, None, threads_of(jobs[0]))
+    try:
+        rows: Iterator[dict[str, Any]] = iter(())
+        if run.num_workers > 0:
+            from kdscale.stages.worker import actor_map
+
+            resources = {"CPU": run.cpus_per_worker, "GPU": run.gpus_per_worker}
+            rows = actor_map(items, make, num_actors=run.num_workers, resources=resources)
+        elif items:
+            rows = map(make(), items)
+        for row in rows:
+            rounds[row["job"]].add(row)
+            yield rounds[row["job"]]
+    except Exception as error:
+        from kdscale.stages.worker import raise_failed
+
+        raise_failed(jobs, error)
+
+
+def team_of(job: AnswersJob) -> tuple[Any, ...]:
+    """Names the actors that a job needs; in one process there are none to be shared."""
+    recipe, run = job.recipe, job.recipe.run or Execution()
+    alone = "" if run.num_workers else job.key
+    settings = (recipe.precision, recipe.attention, recipe.batch_size)
+    return job.storage_root, recipe.model, *settings, run.model_dump_json(), alone
 
 
 def prompts_of(questions: Sequence[Question], *, blind: bool) -> list[Prompt]:
-    """Turns questions into prompts, without their images where the model is to be blind."""
+    """Turns questions into prompts, without their images where the model is to be blind.
+
+    Raises:
+        DataError: An image is not where it was, or another one is there.
+    """
+    shown = [] if blind else [question.image for question in questions]
+    stored = read_images(image for image in shown if isinstance(image, StoredImage))
     return [
         Prompt(
             name=f"{question.benchmark} {question.item_id}",
             text=question.prompt,
-            images=() if blind or question.image is None else (question.image,),
+            images=() if image is None else (stored.get(image, image),),
             max_new_tokens=question.max_new_tokens,
         )
-        for question in questions
+        for question, image in zip(questions, shown or [None] * len(questions), strict=True)
     ]
 
 
@@ -164,10 +267,10 @@ def pending(job: AnswersJob, questions: Sequence[Question]) -> tuple[list[Block]
 
 
 def read_questions(recipe: Answers) -> list[Question]:
-    """Reads the questions that a recipe asks, images included."""
+    """Reads the questions that a recipe asks; all of them are checked, their images too."""
     from kdscale.eval.sources import questions
 
-    return questions(recipe.benchmark, recipe.data, recipe.limit, recipe.mode)
+    return questions(recipe.benchmark, recipe.data, recipe.limit, recipe.mode, recipe.revision)
 
 
 @contextmanager

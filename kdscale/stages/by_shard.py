@@ -1,4 +1,4 @@
-"""What the stages that work shard by shard share: embeddings, features, answers to questions.
+"""What the stages that work shard by shard share: embeddings, features, and in part answers.
 
 A shard whose files are all there is never done again, so a killed run loses the shards in work
 and nothing else.
@@ -28,13 +28,13 @@ from kdscale.stages.loop import chunks
 
 
 def run_shards(
-    job: ShardJob | AnswersJob, left: Sequence[Any], make: Callable[[], Any], total: int
+    job: ShardJob, left: Sequence[int], make: Callable[[], Any], total: int
 ) -> Iterator[dict[str, Any]]:
     """Does what is left of a job, in this process or by a pool of Ray Data actors.
 
     Args:
         job: `run.num_workers` actors, or none where it is 0.
-        left: Shards by number, or blocks of questions in bytes.
+        left: Shards by number.
         make: Gives the function that does one, called once per process.
         total: How many there are, finished ones included.
 

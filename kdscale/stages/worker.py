@@ -114,11 +114,16 @@ def raise_failed(jobs: Sequence[TrainJob | ShardJob | AnswersJob], error: Except
         return
     job = next(iter(noted or [job for job in jobs if not job.stage.is_done()] or jobs))
     if not noted and error is not None:
-        cause = final_cause(error)
-        job.stage.fail(_root_cause(cause or error), final=cause is not None)
+        note_failure(job.stage, error)
     found = job.stage.failure() or {"message": _root_cause(error), "final": False}
     kind = StageRefused if found["final"] else StageFailed
     raise kind(f"{job.kind} {job.key} failed: {found['message']}") from error
+
+
+def note_failure(stage: StageStore, error: Exception) -> None:
+    """Notes in a stage why an attempt has ended, and whether another would end likewise."""
+    cause = final_cause(error)
+    stage.fail(_root_cause(cause or error), final=cause is not None)
 
 
 def embed(job: ShardJob) -> None:

@@ -110,6 +110,8 @@ def describe_line(line: Line, total_steps: int | None) -> str:
         )
     if "images" in line:
         return _measured(line)
+    if "asked" in line:
+        return f"question {line['step']}/{line['asked']}  {line['samples_per_s']:,.1f} samples/s"
     if "shards" in line:
         return f"shard {line['step']}/{line['shards']}  {line['samples_per_s']:,.0f} samples/s"
     parts = [f"step {line['step']}/{total_steps or '?'}", f"loss {line['total']:.3f}"]
