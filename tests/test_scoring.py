@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kdscale.eval import score
+from kdscale.eval import BadItem, score
 
 OPTIONS = ["red dog", "blue", "green", "yellow cat"]
 FORMULA = "Handwritten Mathematical Expression Recognition"
@@ -284,6 +284,10 @@ def test_one_wrong_rotation_spoils_the_question(wrong: int) -> None:
     rest = [row for place, row in enumerate(rows) if place != wrong]
     assert score("mmbench", rest, "corrected").value == 0
     assert found.chance == pytest.approx(100 / 4**4)
+    bare = [row | {"image_sha256": ""} for row in rows]  # rotations are told by their index alone
+    assert score("mmbench", bare, "corrected") == found
+    with pytest.raises(BadItem, match="mmbench item 0: has no group"):
+        score("mmbench", [row | {"group": ""} for row in bare], "corrected")
 
 
 def test_scienceqa_counts_image_questions_when_corrected() -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdscale.core.types import ConfigError, DataError, MissingInput, UnknownName
-from kdscale.eval import BENCHMARKS, BadItem, NothingToScore, Score, average, score
+from kdscale.eval import BENCHMARKS, BadItem, NothingToScore, Score, average, difference, score
 from kdscale.eval.scores import PERCEPTION
 
 OPTIONS = ["red", "blue", "green", "yellow"]
@@ -31,6 +31,35 @@ TYPES = {"mmmu": "open", "mathvista": "free_form"}
 GROUP_SIZE = {"mme_p": 2, "mmvp": 2, "mmbench": 4}
 modes = st.sampled_from(["paper", "corrected"])
 quick = settings(max_examples=50, deadline=None)
+
+
+@quick
+@given(st.sampled_from(BENCHMARKS), modes, st.lists(st.tuples(st.booleans(), st.booleans())))
+def test_a_difference_is_that_of_the_scores(
+    benchmark: str, mode: Any, rights: list[tuple[bool, bool]]
+) -> None:
+    both = [[*pair] for pair in zip(*(rights * 4 or [(True, False)] * 4), strict=True)]
+    first, second = (build(benchmark, each) for each in both)
+    one, other = (score(benchmark, items, mode) for items in (first, second))
+    found = difference(benchmark, first, second[::-1], mode)
+    assert found.value == pytest.approx(one.value - other.value)
+    assert found.num_groups == one.num_groups
+    low, high = difference(benchmark, second, first, mode).interval
+    assert found.interval == pytest.approx((-high, -low))
+    assert difference(benchmark, first, first, mode).interval == (0, 0)
+
+
+def test_what_is_hard_for_both_cancels_out() -> None:
+    rights = [number % 2 == 0 for number in range(80)]
+    first = build("gqa", [right or number < 12 for number, right in enumerate(rights)])
+    second = build("gqa", rights)
+    one, other = score("gqa", first), score("gqa", second)
+    assert one.interval[0] < other.interval[1]  # as two independent scores they overlap
+    assert difference("gqa", first, second).interval[0] > 0
+    with pytest.raises(DataError, match="gqa: the two sets of answers are not to the same"):
+        difference("gqa", first, second[:-1])
+    with pytest.raises(DataError, match="not to the same questions"):
+        difference("gqa", first, [*second[:-1], second[-1] | {"gold": "fish"}])
 
 
 def build(benchmark: str, rights: list[bool]) -> list[dict[str, Any]]:

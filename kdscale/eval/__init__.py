@@ -9,13 +9,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kdscale.eval.scores import BENCHMARKS, Score, average, score
+    from kdscale.eval.scores import BENCHMARKS, Score, average, difference, score
     from kdscale.eval.scoring.items import BadItem, NothingToScore
 
-__all__ = ["BENCHMARKS", "BadItem", "NothingToScore", "Score", "average", "score"]
+__all__ = [
+    "BENCHMARKS",
+    "BadItem",
+    "NothingToScore",
+    "Score",
+    "average",
+    "difference",
+    "score",
+]
 
 _HOMES = {
-    "scores": ("BENCHMARKS", "Score", "average", "score"),
+    "scores": ("BENCHMARKS", "Score", "average", "difference", "score"),
     "scoring.items": ("BadItem", "NothingToScore"),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
@@ -206,18 +206,10 @@ def score(benchmark: str, items: Iterable[Mapping[str, Any]], mode: Mode = "pape
 
     Source: Cambrian-1 `eval/` at 539ffc3 (2024-10-30).
     """
-    if benchmark not in BENCHMARKS:
-        raise unknown_name("benchmark", benchmark, BENCHMARKS)
-    if mode not in ("paper", "corrected"):
-        raise ConfigError(f"unknown mode {mode!r}; scores are 'paper' or 'corrected'")
-    found = _BENCHMARKS[benchmark]
-    how = found.paper if mode == "paper" else found.corrected
-    given = read_items(benchmark, found.layout, items, mode)
+    how, given = _judged(benchmark, items, mode)
     verdicts = {item.number: how.rule(item) for item in given}
     ordered = sorted(given, key=lambda item: item.number)
     counted = [item for item in ordered if how.counts(item)]
-    if not counted:
-        raise NothingToScore(f"{benchmark}: none of the {len(given)} items counts in mode {mode!r}")
     summary = totals.summarise(how.parts(ordered, [verdicts[i.number].score for i in ordered]))
     outputs = Counter(item.prediction.strip() for item in counted)
     return Score(
@@ -230,6 +222,56 @@ def score(benchmark: str, items: Iterable[Mapping[str, Any]], mode: Mode = "pape
         interval=summary.interval,
         item_scores=tuple(verdicts[item.number].score for item in given),
     )
+
+
+def difference(
+    benchmark: str,
+    first: Iterable[Mapping[str, Any]],
+    second: Iterable[Mapping[str, Any]],
+    mode: Mode = "paper",
+) -> totals.Summary:
+    """Computes how much better one set of answers scores than another to the same questions.
+
+    The bootstrap draws clusters of questions, not scores, so that what makes a question hard for
+    both cancels out of the interval.
+
+    Args:
+        benchmark: As of `score`.
+        first: Items as of `score`.
+        second: Other answers to the same questions, in any order.
+        mode: As of `score`.
+
+    Returns:
+        The first score minus the second, on the scale of `Score.value`, with its 95 % interval;
+        both ends are the difference where all draws come out alike.
+
+    Raises:
+        UnknownName, ConfigError, BadItem, NothingToScore: As `score`.
+        DataError: They do not answer the same questions.
+    """
+    (how, light), (_, dark) = (_judged(benchmark, items, mode) for items in (first, second))
+    both = [sorted(items, key=lambda item: item.number) for items in (light, dark)]
+    asked = [[replace(item, prediction="") for item in items] for items in both]
+    if asked[0] != asked[1]:
+        raise DataError(f"{benchmark}: the two sets of answers are not to the same questions")
+    parts = [how.parts(items, [how.rule(item).score for item in items]) for items in both]
+    return totals.summarise([a.minus(b) for a, b in zip(*parts, strict=True)])
+
+
+def _judged(
+    benchmark: str, items: Iterable[Mapping[str, Any]], mode: Mode
+) -> tuple[_Mode, list[Item]]:
+    """Checks a benchmark's items and returns how they are scored; errors as of `score`."""
+    if benchmark not in BENCHMARKS:
+        raise unknown_name("benchmark", benchmark, BENCHMARKS)
+    if mode not in ("paper", "corrected"):
+        raise ConfigError(f"unknown mode {mode!r}; scores are 'paper' or 'corrected'")
+    found = _BENCHMARKS[benchmark]
+    how = found.paper if mode == "paper" else found.corrected
+    given = read_items(benchmark, found.layout, items, mode)
+    if not any(how.counts(item) for item in given):
+        raise NothingToScore(f"{benchmark}: none of the {len(given)} items counts in mode {mode!r}")
+    return how, given
 
 
 def check_items(benchmark: str, items: Iterable[Mapping[str, Any]], mode: Mode = "paper") -> None:

@@ -39,6 +39,11 @@ class Part(NamedTuple):
     points: tuple[float, ...]
     units: tuple[float, ...]
 
+    def minus(self, other: Part) -> Part:
+        """What this adds more than another part of the same item or group."""
+        points = (a - b for a, b in zip(self.points, other.points, strict=True))
+        return self._replace(points=tuple(points))
+
 
 Total = Callable[[Sequence[Item], Sequence[float]], list[Part]]
 
