@@ -24,7 +24,14 @@ from kdscale.eval.benchmarks import BENCHMARKS
 from kdscale.eval.sources import questions
 from kdscale.mini.benchmarks import write_benchmarks
 from kdscale.sweep import suite as suites
-from kdscale.sweep.benchmark_outcomes import BenchmarkRow, averages, interval_of
+from kdscale.sweep.benchmark_outcomes import (
+    BenchmarkRow,
+    averages,
+    interval_of,
+    is_limited,
+    minus_blind,
+)
+from kdscale.sweep.cost import image_tokens
 from kdscale.sweep.grid import Pivot, Sweep
 from kdscale.sweep.grids import benchmark_grid
 from kdscale.sweep.outcomes import Outcome, read_outcome
@@ -234,6 +241,60 @@ def test_two_modes_share_answers_and_keep_their_rules(folder: Path, storage: Sto
     assert strict.score.value == 0.0 < lenient.score.value
 
 
+def test_images_that_add_something_are_told_by_the_same_questions(
+    folder: Path, storage: Storage
+) -> None:
+    """A paired interval clear of 0, though the intervals of both scores overlap."""
+    plan, _ = plan_of(storage, suite(folder, "ocrbench"))
+    for stage in answers_in(plan):
+        recipe, store = recipe_of(stage), StageStore(storage, stage.kind, stage.key)
+        (block,) = blocks_of(questions(recipe.benchmark, recipe.data))
+        known = 12 if recipe.blind else 18
+        right = [q.gold if isinstance(q.gold, str) else q.gold[0] for q in block.questions]
+        said = [text if place < known else "#none#" for place, text in enumerate(right)]
+        write_block(store, block, said, [1] * len(said))
+        store.finish({})
+    row = row_of(plan).benchmarks[0]
+    assert row.score is not None
+    assert row.blind is not None
+    assert row.minus_blind is not None
+    assert interval_of("ocrbench", row.score).low < interval_of("ocrbench", row.blind).high
+    assert row.minus_blind.difference == pytest.approx(100 * 6 / N)
+    assert row.minus_blind.interval.low > 0
+    assert row.sees
+    (line,) = texts(row_of(plan))
+    assert line[3].startswith("+18.8 [+")
+    assert row.document()["minus_blind"]["n"] == N
+
+
+@pytest.mark.parametrize(("limit", "is_cut"), [(8, True), (N + 1, False), (None, False)])
+def test_only_a_limit_that_leaves_something_out_is_one(
+    folder: Path, storage: Storage, limit: int | None, is_cut: bool
+) -> None:
+    plan, _ = plan_of(storage, suite(folder, "mmvp", limit=limit))
+    answer(answers_in(plan)[0], storage)
+    assert row_of(plan).benchmarks[0].limited is is_cut
+    recipe = recipe_of(answers_in(plan)[0]).replace(limit=300)
+    assert not is_limited(recipe, 300)  # all that the original has
+    assert is_limited(recipe, None)
+
+
+def test_answers_cost_what_the_model_reads_and_writes(folder: Path, storage: Storage) -> None:
+    plan, _ = plan_of(storage, suite(folder, "gqa"))
+    light, dark = answers_in(plan)
+    model: Any = next(s.recipe for s in plan.stages.values() if s.kind == "finetune")
+    per_token, images = 2e6 * model.llm.mparams, image_tokens(model.vision)
+    assert dark.flops == pytest.approx(N * per_token * 90)
+    added = per_token * images + 1e9 * model.vision.facts.image_gflop
+    assert light.flops == pytest.approx(dark.flops + N * added)
+    assert (light.num_samples, light.total_steps) == (N, N)
+    absent, _ = plan_of(storage, "paper16", scale=PAPER)
+    first = next(s for s in answers_in(absent) if recipe_of(s).benchmark == "mmmu")
+    assert (first.num_samples, first.estimated) == (None, True)
+    assert first.flops is not None
+    assert first.flops > 900 * 2e6 * 360 * 100  # 900 questions, as the original has
+
+
 def test_a_limit_is_said_and_has_no_average(folder: Path, storage: Storage) -> None:
     plan, _ = plan_of(storage, suite(folder, limit=8))
     for stage in answers_in(plan):
@@ -265,7 +326,15 @@ def test_no_spread_is_no_certainty(folder: Path, benchmark: str, right: bool) ->
     items = [q.item(str(q.gold)) | {"image_sha256": "1"} for q in asked]
     one = score(benchmark, items)
     none = score(benchmark, [item | {"prediction": "#none#"} for item in items])
-    row = BenchmarkRow(benchmark=benchmark, mode="paper", score=one, blind=none, limited=True)
+    blind = [item | {"prediction": "#none#"} for item in items]
+    row = BenchmarkRow(
+        benchmark=benchmark,
+        mode="paper",
+        score=one,
+        blind=none,
+        limited=True,
+        minus_blind=minus_blind(benchmark, items, blind, "paper"),
+    )
     assert one.interval[0] == one.interval[1]
     assert not row.sees
     found = interval_of(benchmark, one if right else none)

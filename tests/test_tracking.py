@@ -11,10 +11,13 @@ import pytest
 from rich.console import Console
 
 from kdscale import Distill, Sweep
+from kdscale.core.answers_config import Answers
 from kdscale.core.journal import JournalReader, JournalWriter
 from kdscale.core.scale import MINI
 from kdscale.core.storage import Storage
-from kdscale.sweep.plan import Plan, make_plan
+from kdscale.eval.answers import blocks_of, write_block
+from kdscale.eval.questions import Question
+from kdscale.sweep.plan import Plan, Stage, make_plan
 from kdscale.sweep.progress import Follower, Progress
 from kdscale.sweep.tracking import MAX_METRICS_PER_CALL, _StageRun, in_calls, unsent
 
@@ -125,3 +128,40 @@ def test_progress_needs_no_server(plan: Plan) -> None:
     assert "step 2/" not in text.getvalue()
     assert "last week" not in text.getvalue()
     assert f"distill failed {stage.name}: DataError: no shard" in text.getvalue()
+
+
+def test_finished_answers_carry_their_score_once(tmp_path: Path) -> None:
+    client, storage = Client(), Storage(str(tmp_path))
+    recipe = Answers(model="stage:finetune/" + "a" * 16, benchmark="ocrbench", questions="q")
+    amounts: dict[str, Any] = dict.fromkeys(("num_samples", "total_steps"), 4)
+    amounts |= {"flops": None, "bytes_out": None, "reused": False, "inputs": ()}
+    stage = Stage(kind="answers", key="b" * 16, name="ocrbench", recipe=recipe, **amounts)
+    store = stage.store(storage)
+    asked = [
+        Question(
+            benchmark="ocrbench", item_id=str(n), prompt="?", image=None, image_sha256="", gold="7"
+        )
+        for n in range(4)
+    ]
+    journal = JournalWriter(store, 1)
+    (block,) = blocks_of(asked)
+    write_block(store, block, ["7", "7", "7", "8"], [1] * 4)
+    journal.append({"step": 4, "asked": 4, "samples_per_s": 2.0})
+    run = _StageRun(client, "id", stage, storage)
+    run.send()
+    assert {m.key for m in client.sent} == {"samples_per_s"}  # not before it is finished
+    store.finish({})
+    for each in (run, run, _StageRun(client, "id", stage, storage)):
+        each.send()
+    found = {m.key: m.value for m in client.sent}
+    assert len(found) == len(client.sent)
+    assert (found["score"], found["n"], found["chance"]) == (75.0, 4.0, 0.0)
+    assert found["constant_share"] == 0.75
+    assert found["score_low"] < 75 < found["score_high"]
+    assert {(m.step, m.timestamp) for m in client.sent if m.key != "samples_per_s"} == {
+        (m.step, m.timestamp) for m in client.sent if m.key == "samples_per_s"
+    }
+    storage.write(b"torn", *store.parts, "output", "00000.parquet")
+    broken = Client()
+    _StageRun(broken, "id", stage, storage).send()
+    assert "is damaged" in broken.tags["mlflow.note.content"]

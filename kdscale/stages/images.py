@@ -14,6 +14,7 @@ from kdscale.core.storage import Storage
 from kdscale.core.types import DataError, MissingBenchmark
 from kdscale.data.image_sets import ImageSet, Progress, set_hash, survey
 from kdscale.data.raw import expand
+from kdscale.eval.images import StoredImage, read_images
 from kdscale.eval.questions import Question
 from kdscale.stages.inputs import WRITTEN, find_source, fingerprint
 
@@ -47,8 +48,8 @@ def find_images(
     return _surveyed(spec.urls, storage, progress)
 
 
-def distinct_images(questions: list[Question]) -> dict[str, bytes]:
-    """Returns each image that is asked about, once: {SHA-256: encoded image}."""
+def distinct_images(questions: list[Question]) -> dict[str, bytes | StoredImage]:
+    """Returns each image that is asked about, once: {SHA-256: the image, or where it is}."""
     return {q.image_sha256: q.image for q in questions if q.image is not None}
 
 
@@ -84,10 +85,14 @@ def _written(spec: BenchmarkImages, storage: Storage) -> str:
     return storage.url(*parts, "*.parquet")
 
 
-def _files(images: list[bytes]) -> Iterator[bytes]:
+def _files(images: list[bytes | StoredImage]) -> Iterator[bytes]:
     """Packs images into Parquet files, as Hugging Face's data sets have them."""
     for start in range(0, len(images), IMAGES_PER_FILE):
-        cells = [{"bytes": data} for data in images[start : start + IMAGES_PER_FILE]]
+        part = images[start : start + IMAGES_PER_FILE]
+        known = read_images(image for image in part if isinstance(image, StoredImage))
+        cells = [
+            {"bytes": known[image] if isinstance(image, StoredImage) else image} for image in part
+        ]
         buffer = io.BytesIO()
         pq.write_table(pa.table({"image": cells}), buffer, compression="none")
         yield buffer.getvalue()

@@ -19,6 +19,7 @@ from kdscale.stages.jobs import embed_recipe, vlm_features
 EFFECTIVE_TFLOPS = 400.0
 ASSUMED_VIEWS = 5  # MobileCLIP-DR (arXiv 2311.17049) finds 5 crops enough for some 30 epochs
 PRETRAIN_TOKENS, FINETUNE_TOKENS = 30, 300  # of text, on average
+QUESTION_TOKENS, ANSWER_TOKENS = 80, 10  # of text: a question with options, a few words
 _KEY_BYTES = 16
 
 
@@ -110,13 +111,41 @@ def flops(work: Work) -> float | None:
     if isinstance(recipe, Cka | Gate):
         return _forward_flops(recipe, work.num_samples)
     if not isinstance(recipe, Distill):
-        return 0.0  # a few thousand short answers
+        return 0.0  # a few thousand short answers; those to benchmarks: `answers_flops`
     own = _forward_gflop(recipe.student)
     online = recipe.teacher_outputs == "online"
     frozen = _forward_gflop(recipe.teacher) if online and recipe.teacher is not None else 0.0
     if own is None or frozen is None or work.total_steps is None:
         return None
     return (3 * own + frozen) * 1e9 * work.total_steps * recipe.global_batch_size
+
+
+def answers_flops(model: VlmStage, num_questions: int, *, blind: bool) -> float | None:
+    """Returns the operations of asking a VLM a benchmark.
+
+    Forward alone: 2 operations a parameter of the language model and token, read or written, and
+    the tower once a question; projectors and attention are left out. Assumed are an image in every
+    question with all its tokens in the prompt, `QUESTION_TOKENS` of text and `ANSWER_TOKENS` of
+    answer; OCR lists (TextVQA) and reasoning (MathVista) cost more. Padding is not counted, nor
+    that decoding token by token uses a GPU badly.
+
+    Args:
+        model: The stage that trains it.
+        num_questions: Questions of the benchmark.
+        blind: Without the images.
+
+    Returns:
+        None where the tower's work is not known.
+    """
+    tower, llm = model.vision, model.llm
+    assert isinstance(tower, TowerSpec)
+    assert isinstance(llm, LanguageModelSpec)
+    if tower.facts.image_gflop is None:
+        return None
+    seen = 0 if blind else image_tokens(tower, model.hierarchical_tokens)
+    looking = 0.0 if blind else tower.facts.image_gflop * 1e9
+    tokens = seen + QUESTION_TOKENS + ANSWER_TOKENS
+    return num_questions * (2 * llm.mparams * 1e6 * tokens + looking)
 
 
 def bytes_out(work: Work) -> float | None:

@@ -120,7 +120,8 @@ def vlm_grid(row: VlmRow) -> Grid:
 
 def benchmark_grid(row: VlmRow) -> Grid:
     """Returns the table of one VLM's benchmarks."""
-    columns = ("benchmark", "score", "without image", "chance", "n", "same answer %", "unread %")
+    columns = ("benchmark", "score", "without image", "minus blind", "chance", "n")
+    columns = (*columns, "same answer %", "unread %")
     rows = [[Words(found.benchmark), *_benchmark(found)] for found in row.benchmarks]
     compared = [found.sees for found in row.benchmarks if found.is_compared]
     notes = [f"clear of blind and chance: {sum(compared)} of {len(compared)}"] if compared else []
@@ -139,7 +140,7 @@ def _benchmark(found: BenchmarkRow) -> list[Words]:
     seen, blind = found.score, found.blind
     if seen is None:
         state = "no score" if found.note else NOT_FINISHED
-        return [Words(state, "muted"), *([Words(NONE, "muted")] * 5)]
+        return [Words(state, "muted"), *([Words(NONE, "muted")] * 6)]
     constant = f"{100 * seen.constant_share:.0f}{'!' if seen.constant_share > 0.95 else ''}"
     light, dark = (
         NONE
@@ -150,6 +151,7 @@ def _benchmark(found: BenchmarkRow) -> list[Words]:
     return [
         Words(light, "better" if found.sees else ""),
         Words(dark),
+        _minus_blind(found),
         Words(f"{seen.chance:.1f}"),
         Words(f"{seen.n:,}"),
         Words(constant),
@@ -194,6 +196,16 @@ def _comparison(row: CkaRow | None) -> Words:
         "undefined" if value is None else f"{value:.3f}" for value in (row.debiased, row.biased)
     )
     return Words(f"{debiased} ({biased})" + ("" if row.score is None else f", {row.score:.1f}"))
+
+
+def _minus_blind(found: BenchmarkRow) -> Words:
+    """Returns the cell for what the images add."""
+    paired = found.minus_blind
+    if paired is None:
+        return Words(NONE)
+    low, high = paired.interval.low, paired.interval.high
+    tone = "better" if low > 0 else "worse" if high < 0 else ""
+    return Words(f"{paired.difference:+.1f} [{low:+.1f}, {high:+.1f}]", tone)
 
 
 def pivot_grid(table: Table, rows: Sequence[TrialRow]) -> Grid:

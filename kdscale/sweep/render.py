@@ -59,9 +59,10 @@ HOW_TO_READ = (
     "heat maps lie with the stages and in MLflow.",
     "Benchmarks of VLMs are in per cent, MME-P is a sum of ten category scores up to 2000; chance "
     "is a uniform guess over the options. Their intervals draw pairs, rotations or images as "
-    "wholes, or are Wilson's where all come out alike. A score is marked where its interval lies "
-    "above chance and above that of the answers without images. ! is one answer to more than 95 % "
-    "of the questions.",
+    "wholes, or are Wilson's where all come out alike. Minus blind is the score less that without "
+    "images, by a paired bootstrap over the same questions. A score is marked where its interval "
+    "lies above chance and that of minus blind above 0. ! is one answer to more than 95 % of the "
+    "questions.",
 )
 
 

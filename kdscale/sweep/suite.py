@@ -14,16 +14,25 @@ from kdscale.core.config import Execution
 from kdscale.core.eval_config import BenchmarkImages
 from kdscale.core.scale import Scale, data_names, lookup, path_of
 from kdscale.core.storage import StageStore, Storage
-from kdscale.core.vlm_config import SuiteSpec
+from kdscale.core.vlm_config import SuiteSpec, VlmStage
 from kdscale.data.image_sets import set_hash
 from kdscale.eval.benchmarks import BENCHMARKS, find_benchmark
 from kdscale.stages.images import NOT_AT_HAND, distinct_images
 from kdscale.stages.inputs import fingerprint, suite_directory
+from kdscale.sweep.cost import answers_flops
 
 if TYPE_CHECKING:
     from kdscale.sweep.plan import Planner
 
-READERS = ("answers.py", "benchmarks.py", "prompts.py", "questions.py", "rows.py", "sources.py")
+READERS = (
+    "answers.py",
+    "benchmarks.py",
+    "images.py",
+    "prompts.py",
+    "questions.py",
+    "rows.py",
+    "sources.py",
+)
 
 
 class Asked(NamedTuple):
@@ -129,12 +138,19 @@ def directory_of(planner: Planner, suite: SuiteSpec) -> str | None:
 
 
 def _add_answers(planner: Planner, recipe: Answers, name: str, count: int | None) -> None:
-    """Adds the answers to a benchmark; they need the VLM alone, not the other benchmarks."""
+    """Adds the answers to a benchmark; they need the VLM alone, not the other benchmarks.
+
+    Where the files are not at hand, the cost is that of as many questions as the original has.
+    """
     from kdscale.sweep.plan import Stage
 
     key, kind = answers_key(recipe), Answers.kind
     if key in planner.plan.stages:
         return
+    original = find_benchmark(recipe.benchmark).num_asked
+    assumed = min(original, recipe.limit or original) if count is None else count
+    model = planner.plan.stages[recipe.model.rpartition("/")[2]].recipe
+    assert isinstance(model, VlmStage)
     planner.plan.stages[key] = Stage(
         kind=kind,
         key=key,
@@ -142,8 +158,8 @@ def _add_answers(planner: Planner, recipe: Answers, name: str, count: int | None
         recipe=recipe,
         inputs=(recipe.model.rpartition("/")[2],),
         num_samples=count,
-        total_steps=1,
-        flops=0.0,
+        total_steps=count,
+        flops=answers_flops(model, assumed, blind=recipe.blind),
         bytes_out=0.0,
         reused=StageStore(planner.plan.storage, kind, key).is_done(),
         estimated=count is None,

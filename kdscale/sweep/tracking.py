@@ -26,11 +26,13 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from kdscale.core.answers_config import Answers
 from kdscale.core.config import Distill
-from kdscale.core.journal import JournalReader, Line
+from kdscale.core.journal import JournalReader, Line, read_steps
 from kdscale.core.storage import Storage
-from kdscale.core.types import StorageError
+from kdscale.core.types import DataError, StorageError, UnfinishedStage
 from kdscale.core.vlm_config import VlmStage
+from kdscale.sweep.benchmark_outcomes import score_metrics
 from kdscale.sweep.plan import Plan, Stage
 
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -41,7 +43,7 @@ logger = logging.getLogger(__name__)
 KEY_TAG = "kdscale.key"
 SWEEP_TAG = "kdscale.sweep"
 TAGS = ("student", "teacher", "loss", "vision", "llm", "template", "a", "b", "tap", "images")
-NOT_METRICS = {"step", "epoch", "ids", "attempt", "shards", "questions", "time"}
+NOT_METRICS = {"step", "epoch", "ids", "attempt", "shards", "questions", "asked", "time"}
 SMALL_MODEL_BYTES = 64 * 2**20
 MAX_METRICS_PER_CALL = 1000  # the server's limit
 
@@ -171,6 +173,7 @@ class _StageRun:
         learns = isinstance(stage.recipe, Distill | VlmStage)
         self._marker = "loss" if learns else "samples_per_s"
         self._unsent: list[Line] = []
+        self._may_score = isinstance(stage.recipe, Answers)
         self._log_params()
         run = client.get_run(run_id)
         if run.info.status == "FAILED" and not self._store.is_done():
@@ -179,6 +182,13 @@ class _StageRun:
     def send(self) -> None:
         """Sends new lines, keeping them for the next time where the server refuses."""
         self._unsent += self._reader.new_lines()
+        self._send_lines()
+        if self._may_score and self._store.is_done():
+            self._send_score()
+            self._may_score = False
+
+    def _send_lines(self) -> None:
+        """Sends the lines that the run lacks."""
         if not self._unsent:
             return
         history = self._client.get_metric_history(self._run_id, self._marker)
@@ -186,6 +196,24 @@ class _StageRun:
         for metrics in in_calls(lines):
             self._client.log_batch(self._run_id, metrics=metrics)
         self._unsent = []
+
+    def _send_score(self) -> None:
+        """Sends the score of finished answers, unless the run has it; or says why there is none."""
+        from mlflow.entities import Metric
+
+        if self._client.get_metric_history(self._run_id, "score"):
+            return
+        recipe = self._stage.recipe
+        assert isinstance(recipe, Answers)
+        try:
+            found = score_metrics(recipe, self._store)
+        except (DataError, StorageError, UnfinishedStage) as error:
+            self._client.set_tag(self._run_id, "mlflow.note.content", f"no score: {error}")
+            return
+        steps = read_steps(self._store)
+        at, step = (int(1000 * steps[-1]["time"]), steps[-1]["step"]) if steps else (0, 0)
+        metrics = [Metric(name, value, at, step) for name, value in found.items()]
+        self._client.log_batch(self._run_id, metrics=metrics)
 
     def end(self) -> None:
         """Marks the run finished, once, with its outputs attached; or failed."""
