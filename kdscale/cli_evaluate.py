@@ -17,6 +17,7 @@ from rich.table import Table
 
 from kdscale.core.config import Execution, Mode
 from kdscale.core.storage import Storage
+from kdscale.core.types import ConfigError
 from kdscale.terminal import AsJson, StorageRoot, console, guarded, progress_bar
 
 if TYPE_CHECKING:
@@ -32,6 +33,10 @@ OneOfMode = Annotated[
     typer.Option("--mode", help="paper: the reference rules, oddities included."),
 ]
 
+Revisions = Annotated[
+    list[str] | None, typer.Option("--revision", help="BENCHMARK=COMMIT on the hub; repeatable.")
+]
+
 
 @dataclass(frozen=True)
 class Row:
@@ -41,13 +46,18 @@ class Row:
     seeing: Score
     blind: Score | None
     answers: str
+    limited: bool
 
     def document(self) -> dict[str, Any]:
         """Returns the row as JSON; the scores of single items stay with the answers."""
-        kept = {"answers": self.answers}
+        from kdscale.sweep.benchmark_outcomes import interval_of
+
+        kept: dict[str, Any] = {"answers": self.answers, "limited": self.limited}
         for name, score in (("score", self.seeing), ("blind", self.blind)):
-            fields = score and {k: v for k, v in asdict(score).items() if k != "item_scores"}
-            kept |= {name: fields}
+            kept[name] = score and {k: v for k, v in asdict(score).items() if k != "item_scores"}
+            if score is not None:
+                interval = interval_of(self.benchmark, score)
+                kept[name]["interval"] = [interval.low, interval.high]
         return kept
 
 
@@ -57,6 +67,7 @@ def evaluate(
     data: Annotated[
         Path | None, typer.Option("--data", help="Folder of their files; else the hub.")
     ] = None,
+    revision: Revisions = None,
     blind: Annotated[bool, typer.Option("--blind", help="Ask without the images, too.")] = False,
     mode: OneOfMode = "paper",
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N.")] = None,
@@ -78,6 +89,7 @@ def evaluate(
             benchmarks=tuple(benchmarks.split(",")),
             storage=Storage(storage),
             data=None if data is None else str(data.expanduser().resolve()),
+            revisions=_revisions(revision or []),
             blind=blind,
             mode=mode,
             limit=limit,
@@ -90,8 +102,16 @@ def evaluate(
             print(json.dumps(_document(request, rows, average), indent=2))
             return
         console.print(_table(rows, average, mode, limit))
-        _explain(rows, limit)
+        _explain(rows)
         _next(request, rows)
+
+
+def _revisions(given: Sequence[str]) -> dict[str, str]:
+    """Reads `BENCHMARK=COMMIT`."""
+    pairs = [text.partition("=") for text in given]
+    if wrong := ["".join(pair) for pair in pairs if not (pair[0] and pair[2])]:
+        raise ConfigError(f"--revision {wrong[0]} is not of the form BENCHMARK=COMMIT")
+    return {name: commit for name, _, commit in pairs}
 
 
 def _execution(actors: int, gpus: float | None) -> Execution:
@@ -108,6 +128,7 @@ def _evaluated(request: Request, as_json: bool) -> tuple[list[Row], float | None
     from kdscale.eval import average, score
     from kdscale.eval.answers import load_items
     from kdscale.sweep.ask import ask_all, prepare
+    from kdscale.sweep.benchmark_outcomes import is_limited
 
     with _telling(as_json) as tell:
         asked = prepare(request, tell)
@@ -121,8 +142,9 @@ def _evaluated(request: Request, as_json: bool) -> tuple[list[Row], float | None
             stores = [one.store(request.storage) for one in parts]
             scores = [score(name, load_items(store), request.mode) for store in stores]
             unseeing = scores[1] if request.blind else None
-            rows.append(Row(name, scores[0], unseeing, stores[0].url("output")))
-    if request.limit is not None or len(rows) < NUM_BENCHMARKS:
+            cut = is_limited(parts[0].recipe, parts[0].count)
+            rows.append(Row(name, scores[0], unseeing, stores[0].url("output"), cut))
+    if any(row.limited for row in rows) or len(rows) < NUM_BENCHMARKS:
         return rows, None
     return rows, average({row.benchmark: row.seeing for row in rows})
 
@@ -149,19 +171,22 @@ def _telling(as_json: bool) -> Generator[Progress]:
 
 
 def _table(rows: Sequence[Row], average: float | None, mode: Mode, limit: int | None) -> Table:
-    """Arranges the scores."""
-    cut = "" if limit is None else f", the first {limit:,} questions each"
+    """Arranges the scores, with intervals as in reports."""
+    from kdscale.sweep.benchmark_outcomes import interval_of
+
+    limited = limit is not None and any(row.limited for row in rows)
+    cut = f", the first {limit:,} questions each" if limited else ""
     table = Table(title=f"Scores, {mode} rules{cut}")
     table.add_column("benchmark", style="cyan", no_wrap=True)
     for name in ("score", "95 % interval", "blind", "chance", "n", "constant", "unparsed"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        found, low_high = row.seeing, row.seeing.interval
-        mark = "*" if limit is not None and row.benchmark == MME else ""
+        found, interval = row.seeing, interval_of(row.benchmark, row.seeing)
+        mark = "*" if row.limited and row.benchmark == MME else ""
         table.add_row(
             row.benchmark,
             f"{found.value:.2f}{mark}",
-            f"{low_high[0]:.2f} – {low_high[1]:.2f}",
+            f"{interval.low:.2f} – {interval.high:.2f}",
             "" if row.blind is None else f"{row.blind.value:.2f}",
             f"{found.chance:.2f}",
             f"{found.n:,}",
@@ -179,16 +204,16 @@ def _is_constant(score: Score) -> bool:
     return score.constant_share > CONSTANT_FROM
 
 
-def _explain(rows: Sequence[Row], limit: int | None) -> None:
+def _explain(rows: Sequence[Row]) -> None:
     """Says what the marks mean."""
-    if limit is not None and any(row.benchmark == MME for row in rows):
+    if any(row.limited and row.benchmark == MME for row in rows):
         _say("* a sum over the categories that --limit has reached, not comparable with any other")
     constant = [row.benchmark for row in rows if _is_constant(row.seeing)]
     if constant:
         _say(
             f"! one answer to more than {CONSTANT_FROM:.0%} of the questions: {', '.join(constant)}"
         )
-    if limit is None and len(rows) < NUM_BENCHMARKS:
+    if len(rows) < NUM_BENCHMARKS and not any(row.limited for row in rows):
         _say(f"no Average: it is the mean of all {NUM_BENCHMARKS} benchmarks")
 
 
@@ -198,7 +223,7 @@ def _next(request: Request, rows: Sequence[Row]) -> None:
         _say(f"answers of {row.benchmark}: {row.answers}")
     if len(rows) > MAX_PLACES:
         _say("and so on; --json names the others")
-    if request.limit is not None:
+    if any(row.limited for row in rows):
         _say(f"next, all questions: {_command(replace(request, limit=None))}")
     elif not request.blind:
         _say(f"next, what the images add: {_command(replace(request, blind=True))}")
@@ -220,6 +245,8 @@ def _command(request: Request) -> str:
         "--storage": request.storage.root,
     }
     words = ["kdscale", "evaluate", request.model]
+    for name, commit in request.revisions.items():
+        words += ["--revision", f"{name}={commit}"]
     for option, value in given.items():
         words += [] if value is None else [option, str(value)]
     return shlex.join([*words, "--blind"] if request.blind else words)
@@ -235,6 +262,7 @@ def _document(request: Request, rows: Sequence[Row], average: float | None) -> d
     return {
         "model": request.model,
         "mode": request.mode,
+        "revisions": dict(request.revisions),
         "limit": request.limit,
         "precision": request.precision,
         "benchmarks": {row.benchmark: row.document() for row in rows},

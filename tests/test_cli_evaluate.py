@@ -24,6 +24,7 @@ from kdscale.core.types import ConfigError, DataError
 from kdscale.eval.generate import Generator
 from kdscale.eval.questions import Question
 from kdscale.stages.ask import decode_any, prompts_of
+from kdscale.sweep.benchmark_outcomes import interval_of  # before benchmarks are replaced
 
 NAMES = ("mme_p", "mmbench", "gqa", *(f"other_{number}" for number in range(13)))  # 16
 
@@ -53,9 +54,14 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
 
     def questions(
-        benchmark: str, directory: str | None = None, limit: int | None = None, mode: str = "paper"
+        benchmark: str,
+        directory: str | None = None,
+        limit: int | None = None,
+        mode: str = "paper",
+        revision: str | None = None,
     ) -> list[Question]:
         found.append(benchmark)
+        assert (revision or "").startswith("c0ffee") is (directory is None)
         if directory is not None and not Path(directory, benchmark).exists():
             raise DataError(f"no files of {benchmark} in {directory}")
         asked = [replace(question, benchmark=benchmark) for question in asking.questions(5)]
@@ -65,10 +71,16 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         values = tuple(float(len(item["prediction"]) % 2) for item in items)
         share = 100 * sum(values) / len(values)
         constant = 0.97 if benchmark == "gqa" else 0.2
-        return Score(share, len(values), 3, 25.0, constant, 0.0, (0.0, 100.0), values)
+        interval = (0.0, 0.0) if benchmark == "mme_p" else (0.0, 100.0)
+        share = 0.0 if benchmark == "mme_p" else share
+        return Score(share, len(values), 3, 25.0, constant, 0.0, interval, values)
 
     modules = {
-        "sources": SimpleNamespace(questions=questions),
+        "sources": SimpleNamespace(
+            questions=questions,
+            hub_commit=lambda name, revision: {None: "c0ffee"}.get(revision, f"c0ffee-{revision}"),
+            commit_of=lambda path: None,
+        ),
         "benchmarks": SimpleNamespace(BENCHMARKS=dict.fromkeys(NAMES)),
     }
     for name, module in modules.items():
@@ -87,6 +99,12 @@ def evaluate(*command: object) -> Result:
     ("given", "message"),
     [
         (("MODEL", "--benchmarks", "gqq"), "unknown benchmark 'gqq'. Did you mean gqa?"),
+        (("MODEL", "--benchmarks", "gqa", "--revision", "gqa"), "is not of the form BENCHMARK="),
+        (("MODEL", "--benchmarks", "gqa", "--revision", "gqq=v1"), "unknown benchmark 'gqq'"),
+        (
+            ("MODEL", "--benchmarks", "gqa", "--data", "EMPTY", "--revision", "gqa=v1"),
+            "the files come from EMPTY; leave one of the two out",
+        ),
         (("MODEL", "--benchmarks", ","), "name a benchmark: all, mme_p"),
         (("EMPTY", "--benchmarks", "gqa"), "it lacks config.json, *.safetensors"),
         (("abc", "--benchmarks", "gqa"), "no stage in STORAGE has a key that begins with abc"),
@@ -136,6 +154,30 @@ def test_a_table_with_what_it_takes_to_read_it(
     record = StageStore(storage, "answers", key).record()
     assert record["recipe"]["benchmark"] in ("mme_p", "gqa")
     assert (record["model"], "model" in record["recipe"]) == (model, False)  # a path is no key
+    assert (record["revision"], record["model_revision"]) == ("c0ffee", None)
+
+
+def test_a_limit_above_the_number_of_questions_is_none(
+    tmp_path: Path, model: str, reads: list[str]
+) -> None:
+    command = (model, "--benchmarks", "mme_p", "--storage", tmp_path / "runs", "--limit", 9)
+    found = evaluate(*command, "--revision", "mme_p=v7")
+    assert found.exit_code == 0, found.output
+    assert "the first" not in found.output
+    assert "*" not in found.output
+    assert "next, what the images add" in found.output
+    assert "--revision mme_p=v7" in found.output
+    (row,) = json.loads(evaluate(*command, "--revision", "mme_p=v7", "--json").stdout)[
+        "benchmarks"
+    ].values()
+    assert row["limited"] is False
+    alike = Score(0.0, 5, 3, 25.0, 0.2, 0.0, (0.0, 0.0), ())  # then a bootstrap has no width
+    interval: Any = interval_of("mme_p", alike)  # pyright: ignore[reportArgumentType]
+    assert row["score"]["interval"] == [interval.low, interval.high]
+    assert f"0.00 – {interval.high:.2f}" in found.output
+    assert interval.high > 1000
+    record = json.loads(Path(row["answers"]).parent.joinpath("stage.json").read_text())
+    assert record["revision"] == "c0ffee-v7"
 
 
 def test_the_average_of_all_and_a_model_by_its_key(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from kdscale.core.answers_config import Answers, answers_key
 from kdscale.core.config import STAGE_WEIGHTS, Execution, Mode, Precision
@@ -34,6 +36,7 @@ class Request:
             without `@revision`.
         benchmarks: Names, or `all`.
         data: Directory of the benchmarks' files, None for the hub.
+        revisions: {benchmark: commit, tag or branch on the hub} where it is not the table's.
         blind: Ask once more without the images.
         run: Actors and what each takes; no actors for this process.
     """
@@ -43,6 +46,7 @@ class Request:
     storage: Storage
     run: Execution
     data: str | None = None
+    revisions: Mapping[str, str] = field(default_factory=dict)
     blind: bool = False
     mode: Mode = "paper"
     limit: int | None = None
@@ -90,6 +94,23 @@ def check_benchmarks(names: Sequence[str], known: Sequence[str]) -> list[str]:
     if not wanted:
         raise ConfigError(f"name a benchmark: {', '.join([ALL, *known])}")
     return wanted
+
+
+def check_revisions(request: Request, names: Sequence[str]) -> None:
+    """Checks that revisions are of benchmarks that are asked, from the hub.
+
+    Raises:
+        UnknownName: One is of another benchmark.
+        ConfigError: The files come from a directory.
+    """
+    for name in request.revisions:
+        if name not in names:
+            raise unknown_name("benchmark", name, names)
+    if request.revisions and request.data is not None:
+        raise ConfigError(
+            f"--revision pins data sets on the hub, and the files come from {request.data}; "
+            "leave one of the two out"
+        )
 
 
 def find_model(name: str, storage: Storage) -> str:
@@ -141,7 +162,7 @@ def _downloaded(name: str) -> Path:
 
 
 def prepare(request: Request, progress: Progress) -> list[Asked]:
-    """Checks names, model and data: reads every question once, keeping none.
+    """Checks names, model and data: reads every question once, keeping none of them.
 
     Returns:
         What is to be asked, benchmark by benchmark, the blind one after the seeing one.
@@ -151,18 +172,24 @@ def prepare(request: Request, progress: Progress) -> list[Asked]:
     """
     from kdscale.eval.answers import blocks_of, questions_digest
     from kdscale.eval.benchmarks import BENCHMARKS
+    from kdscale.eval.sources import hub_commit
     from kdscale.stages.ask import read_questions
 
     names = check_benchmarks(request.benchmarks, list(BENCHMARKS))
+    check_revisions(request, names)
     model = find_model(request.model, request.storage)
     found: list[Asked] = []
     for number, name in enumerate(names):
         progress(f"reading {name}", number, len(names))
+        commit = None
+        if request.data is None:  # a branch may move before all is answered, its commit does not
+            commit = hub_commit(name, request.revisions.get(name))
         recipe = Answers(
             model=model,
             benchmark=name,
             questions="",
             data=request.data,
+            revision=commit,
             mode=request.mode,
             limit=request.limit,
             precision=request.precision,
@@ -180,42 +207,55 @@ def prepare(request: Request, progress: Progress) -> list[Asked]:
 def ask_all(asked: Sequence[Asked], storage: Storage, progress: Progress) -> None:
     """Asks what is not answered yet; finished answers are taken as they are.
 
+    Benchmarks that another process asks at the moment are waited for.
+
     Raises:
         StageFailed: A benchmark could not be asked, at the first that could not.
     """
-    left = [one for one in asked if not one.store(storage).is_done()]
-    if not left:
-        return
-    if any(one.recipe.run and one.recipe.run.num_workers for one in left):
+    while left := [one for one in asked if not one.store(storage).is_done()]:
+        with ExitStack() as leases:
+            ours: list[tuple[Asked, str]] = []
+            for one in left:
+                lease = Lease.acquire(one.store(storage))
+                if lease is not None:
+                    ours.append((one, leases.enter_context(lease).token))
+            if ours:
+                _ask(ours, storage, progress)
+                continue
+        progress(f"{left[0].label}: another process asks it, waiting", 0, None)
+        time.sleep(WAIT_FOR_WRITER_S)
+
+
+def _ask(ours: Sequence[tuple[Asked, str]], storage: Storage, progress: Progress) -> None:
+    """Asks benchmarks whose leases we hold, all with the model loaded once."""
+    from kdscale.stages.ask import ask_all as ask_jobs
+    from kdscale.stages.ask import read_questions
+    from kdscale.stages.jobs import AnswersJob
+
+    if any(one.recipe.run and one.recipe.run.num_workers for one, _ in ours):
         from kdscale.sweep.schedule import start_ray
 
         progress("starting Ray", 0, None)
         start_ray()
-    for one in left:
-        _ask(one, storage, progress)
+    progress(f"{ours[0][0].label}: loading the model", 0, ours[0][0].count)
+    labels = {one.key: one.label for one, _ in ours}
+    jobs = (
+        (AnswersJob(one.key, storage.root, one.recipe, _record(one), token), one.recipe)
+        for one, token in ours
+    )
+    ask_jobs(
+        ((job, read_questions(recipe)) for job, recipe in jobs),
+        lambda job, done, total: progress(labels[job.key], done, total) if done else None,
+    )
 
 
-def _ask(one: Asked, storage: Storage, progress: Progress) -> None:
-    """Asks one benchmark; waits where another process is doing so."""
-    from kdscale.stages.ask import ask, read_questions
-    from kdscale.stages.jobs import AnswersJob
+def _record(one: Asked) -> dict[str, Any]:
+    """Begins the stage's record; commits on the hub are those that a branch stood for."""
+    from kdscale.eval.sources import commit_of
 
-    stage = one.store(storage)
-    while not stage.is_done():
-        lease = Lease.acquire(stage)
-        if lease is None:
-            progress(f"{one.label}: another process asks it, waiting", 0, None)
-            time.sleep(WAIT_FOR_WRITER_S)
-            continue
-        with lease:
-            progress(f"{one.label}: loading the model", 0, one.count)
-            record = record_of(_stage(one)) | {"model": one.recipe.model, "data": one.recipe.data}
-            job = AnswersJob(one.key, storage.root, one.recipe, record, lease.token)
-            ask(
-                job,
-                read_questions(one.recipe),
-                lambda done, total: progress(one.label, done, total) if done else None,
-            )
+    recipe = one.recipe
+    places = {"model": recipe.model, "data": recipe.data, "revision": recipe.revision}
+    return record_of(_stage(one)) | places | {"model_revision": commit_of(recipe.model)}
 
 
 def _stage(one: Asked) -> Stage:
@@ -229,7 +269,7 @@ def _stage(one: Asked) -> Stage:
         recipe=one.recipe,
         inputs=inputs,
         num_samples=one.count,
-        total_steps=None,
+        total_steps=one.count,
         flops=None,
         bytes_out=None,
         reused=False,
