@@ -283,7 +283,10 @@ def test_questions_hold_no_images(tmp_path: Path):
     rows = [WORKED["chartqa"][0] | {"image": {"bytes": data, "path": None}}] * 300
     (folder := tmp_path / "chartqa").mkdir()
     table = pa.Table.from_pylist(rows, SCHEMAS["chartqa"])
-    pq.write_table(table, folder / "rows.parquet", row_group_size=100, use_dictionary=False)
+    pq.write_table(table, folder / "rows.parquet", row_group_size=50, use_dictionary=False)
+    del table
+    arrow = pa.default_memory_pool()
+    before, earlier_peak = arrow.bytes_allocated(), arrow.max_memory()
     tracemalloc.start()
     asked = questions("chartqa", tmp_path)
     kept, peak = tracemalloc.get_traced_memory()
@@ -291,6 +294,7 @@ def test_questions_hold_no_images(tmp_path: Path):
     assert len(asked) == 300
     assert kept < 3e6
     assert peak < 80 * len(data)  # 60 MB are in the file
+    assert arrow.max_memory() < max(earlier_peak + 1, before + 150 * len(data))
 
 
 def test_folders_are_found_in_either_layout(folder: Path, asked: Any, tmp_path: Path):

@@ -273,8 +273,9 @@ def _parquet_rows(
             present = table.schema_arrow.names
             _check_columns(spec, file, columns, present)
             wanted = [*columns, *(name for name in labels if name in present)]
-            for batch in table.iter_batches(ROWS_AT_ONCE, columns=wanted):
-                yield from batch.to_pylist()
+            for group in range(table.num_row_groups):  # one reader for all of them keeps them all
+                for batch in table.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=wanted):
+                    yield from batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise BadBenchmark(f"{spec.name}: {file} cannot be read: {error}") from error
 
