@@ -102,6 +102,7 @@ def _compare(recipe: Cka, store: Storage, as_json: bool) -> CkaOutcome:
     from kdscale.data.image_sets import survey
     from kdscale.stages.cka import compare
 
+    assert isinstance(recipe.images, DataSpec)
     with progress_bar(as_json) as progress:
         return compare(recipe, survey(str(recipe.images.urls), progress), store, progress)
 

@@ -99,9 +99,9 @@ def hub_commit(benchmark: str, revision: str | None = None) -> str | None:
 
 def commit_of(path: str | Path) -> str | None:
     """Returns the commit whose files the hub's cache keeps at a path, None elsewhere."""
-    parts = Path(path).parts
-    inside = len(parts) > 1 and parts[-2] == "snapshots" and _COMMIT.fullmatch(parts[-1])
-    return parts[-1] if inside else None
+    place = Path(path)
+    inside = place.parent.name == "snapshots" and _COMMIT.fullmatch(place.name)
+    return place.name if inside else None
 
 
 def _read(

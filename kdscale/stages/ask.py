@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from itertools import chain, groupby
@@ -230,11 +230,16 @@ def prompts_of(questions: Sequence[Question], *, blind: bool) -> list[Prompt]:
         Prompt(
             name=f"{question.benchmark} {question.item_id}",
             text=question.prompt,
-            images=() if image is None else (stored.get(image, image),),
+            images=() if image is None else (_bytes(image, stored),),
             max_new_tokens=question.max_new_tokens,
         )
         for question, image in zip(questions, shown or [None] * len(questions), strict=True)
     ]
+
+
+def _bytes(image: bytes | StoredImage, stored: Mapping[StoredImage, bytes]) -> bytes:
+    """Returns an image's bytes, wherever they are."""
+    return stored[image] if isinstance(image, StoredImage) else image
 
 
 def decode_any(data: bytes) -> Any:

@@ -46,7 +46,7 @@ class Request:
     storage: Storage
     run: Execution
     data: str | None = None
-    revisions: Mapping[str, str] = field(default_factory=dict)
+    revisions: Mapping[str, str] = field(default_factory=dict[str, str])
     blind: bool = False
     mode: Mode = "paper"
     limit: int | None = None

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from kdscale.core.config import Distill, Execution, TowerSpec
 from kdscale.core.types import ConfigError, PrecisionError, unknown_name
-from kdscale.core.vlm_config import Finetune, Pretrain, VlmStage
+from kdscale.core.vlm_config import VlmStage
 from kdscale.data.templates import TEMPLATES
 from kdscale.losses.recipes import LossFlags, active_terms, needs_teacher, weights_for
 
@@ -58,7 +58,7 @@ def check_vlm(recipe: VlmStage) -> None:
         )
 
 
-def check_stages(first: Pretrain, second: Finetune) -> None:
+def check_stages(first: VlmStage, second: VlmStage) -> None:
     """Refuses two resolved stages of a VLM that do not fit together.
 
     Raises:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
-import fsspec
+import fsspec  # pyright: ignore[reportMissingTypeStubs]
 
 from kdscale.core.config import STAGE_WEIGHTS, Distill, TowerSpec
 from kdscale.core.scale import Scale, benchmark_of
@@ -111,6 +111,7 @@ def gate_source(recipe: Gate, storage: Storage) -> Source:
     assert recipe.data.urls is not None
     place = _found(recipe.data.urls)
     kept = "manifests", f"{fingerprint(place.files)}-content.json"
+    known: Any
     if storage.exists(*kept):
         known = storage.read_json(*kept)
     else:
@@ -124,7 +125,7 @@ def gate_source(recipe: Gate, storage: Storage) -> Source:
 
 def _found(urls: str) -> _Place:
     """Lists the files of shards or of class folders."""
-    fs, root = fsspec.core.url_to_fs(urls)
+    fs, root = cast("tuple[Any, str]", fsspec.core.url_to_fs(urls))  # pyright: ignore
     if any(sign in urls for sign in "*?[{") or not fs.isdir(root):
         return _Place(urls, expand(urls))
     held = [fs.unstrip_protocol(str(path)) for path in sorted(fs.find(root))]

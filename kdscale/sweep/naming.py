@@ -26,8 +26,9 @@ def chosen_of(
         are not.
     """
     found: list[dict[str, Any]] = [{} for _ in recipes]
-    for kind in (Distill, Vlm):
-        places = [place for place, recipe in enumerate(recipes) if isinstance(recipe, kind)]
+    kinds: tuple[type[Distill | Vlm], ...] = (Distill, Vlm)
+    for kind in kinds:
+        places = [place for place, recipe in enumerate(recipes) if type(recipe) is kind]
         rows = _rows([recipes[place] for place in places])
         for name in dict.fromkeys(name for row in rows for name in row):
             values = [row[name] for row in rows if name in row]

@@ -335,18 +335,20 @@ def run_stages(path: Sequence[Stage], storage: Storage) -> None:
 
 def _run_in_turn(stages: Sequence[Stage], tokens: Sequence[str], storage: Storage) -> None:
     """Runs stages one after the other; neighbours that train share a group of workers."""
-    from kdscale.stages.ask import ask, read_questions
+    from kdscale.stages.ask import ask_all, read_questions
     from kdscale.stages.worker import embed, fit
 
     pairs = list(zip(stages, tokens, strict=True))
     for (by_shard, _), group in groupby(pairs, lambda pair: _team(pair[0])):
         if by_shard:
+            answers: list[tuple[AnswersJob, Answers]] = []
             for stage, token in group:
                 if isinstance(stage.recipe, Answers):
                     job = AnswersJob(stage.key, storage.root, stage.recipe, record_of(stage), token)
-                    ask(job, read_questions(stage.recipe))
+                    answers.append((job, stage.recipe))
                 else:
                     embed(shard_job(stage, token, storage))
+            ask_all((job, read_questions(recipe)) for job, recipe in answers)
         else:
             fit([group_job(stage, token, storage) for stage, token in group])
 

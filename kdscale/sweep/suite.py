@@ -40,13 +40,13 @@ class Asked(NamedTuple):
 
     Attributes:
         digest: Of the questions; `NOT_AT_HAND` where nobody has said where they are.
-        count: How many; None likewise.
+        num_questions: How many; None likewise.
         images: Names the set of their distinct images.
         num_images: How many those are.
     """
 
     digest: str = NOT_AT_HAND
-    count: int | None = None
+    num_questions: int | None = None
     images: str = NOT_AT_HAND
     num_images: int | None = None
 
@@ -102,7 +102,7 @@ def add_suite(
                 run=run,
             )
             label = f"{name}, blind" if blind else name
-            _add_answers(planner, recipe, label, asked.count)
+            _add_answers(planner, recipe, label, asked.num_questions)
             path.append(answers_key(recipe))
 
 
@@ -177,7 +177,7 @@ def questions_of(name: str, directory: str, suite: SuiteSpec, storage: Storage) 
     parts = ("data", f"questions-{asked}.json")
     if files and storage.exists(*parts):
         known = storage.read_json(*parts)
-        if "images" in known:
+        if "num_questions" in known:
             return Asked(**known)
     from kdscale.eval.answers import questions_digest
     from kdscale.eval.sources import questions

@@ -60,7 +60,8 @@ def _stages(planner: Planner, recipe: Vlm, path: list[str]) -> tuple[VlmStage, V
         "llm": language_of(planner, recipe.llm, path),
         "seed": recipe.seed,
     }
-    run, settings = {"run": recipe.run}, VLM_RECIPES[recipe.recipe]
+    run: dict[str, Any] = {"run": recipe.run}
+    settings = VLM_RECIPES[recipe.recipe]
     limits = {k: v for k, v in planner.overrides.items() if k in ("max_steps", "run")}
     first = Pretrain(**run | settings[0] | recipe.pretrain | shared)
     first = resolve_vlm(first, scale, limits | _set(planner, "pretrain"))
