@@ -21,6 +21,7 @@ vlm = Vlm(
     llm="qwen2_0_5b",
     questions="scenes",
     suite="paper16",
+    cka_with="clip_l14",
 )
 sweep = Sweep(
     name="quickstart",

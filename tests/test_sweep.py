@@ -79,7 +79,7 @@ def test_the_quickstart_shares_its_teachers(tmp_path: Path) -> None:
 def test_two_sweeps_are_planned_as_one_union(tmp_path: Path) -> None:
     quickstart = load_sweep(SWEEPS / "quickstart.py")
     union = make_plan([quickstart, quickstart], Storage(str(tmp_path)), MINI, {})
-    assert (len(union.trials), len(union.stages)) == (12, 43)
+    assert (len(union.trials), len(union.stages)) == (12, 60)
 
 
 def test_a_finished_stage_is_reused(tmp_path: Path) -> None:
