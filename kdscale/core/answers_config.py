@@ -7,7 +7,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from kdscale.core.config import NOT_IN_KEY, STAGE_WEIGHTS, Mode, Precision, Recipe
+from kdscale.core.config import (
+    IN_KEY_UNLESS_DEFAULT,
+    NOT_IN_KEY,
+    STAGE_WEIGHTS,
+    Mode,
+    Precision,
+    Recipe,
+)
 from kdscale.core.keys import content_key, folder_contents
 
 
@@ -26,6 +33,7 @@ class Answers(Recipe):
         mode: How they are read; where it changes them, `questions` differs.
         blind: Ask without the images.
         limit: Ask the first so many only; None for all.
+        max_new_tokens: Longest answer to any question; None leaves the benchmark's own.
         precision: What the model is loaded and computed in.
         batch_size: Questions at once. In fp32 it changes no answer; elsewhere rounding may, and
             it is in the key.
@@ -43,6 +51,9 @@ class Answers(Recipe):
     mode: Annotated[Mode, Field(json_schema_extra=NOT_IN_KEY)] = "paper"
     blind: bool = False
     limit: int | None = Field(default=None, gt=0)
+    max_new_tokens: Annotated[int | None, Field(gt=0, json_schema_extra=IN_KEY_UNLESS_DEFAULT)] = (
+        None
+    )
     precision: Precision = "fp32"
     batch_size: Annotated[int, Field(gt=0, json_schema_extra=NOT_IN_KEY)] = 16
     attention: Annotated[

@@ -286,6 +286,7 @@ class SuiteSpec(Spec):
         mode: How they are asked and scored.
         blind: Ask once more without the images.
         limit: Ask the first so many of each; None for all.
+        max_new_tokens: Longest answer to any question; None leaves the benchmarks' own.
         batch_size: Questions at once.
     """
 
@@ -297,6 +298,7 @@ class SuiteSpec(Spec):
     mode: Mode = "paper"
     blind: bool = True
     limit: int | None = Field(default=None, gt=0)
+    max_new_tokens: int | None = Field(default=None, gt=0)
     batch_size: int = Field(default=16, gt=0)
 
 

@@ -79,8 +79,11 @@ class Asker:
         began = time.perf_counter()
         number, block = pickle.loads(packed)
         job = self.jobs[number]
+        recipe = job.recipe
         try:
-            answers = self.generator(prompts_of(block.questions, blind=job.recipe.blind))
+            answers = self.generator(
+                prompts_of(block.questions, blind=recipe.blind, longest=recipe.max_new_tokens)
+            )
             lengths = [len(answer.token_ids) for answer in answers]
             write_block(job.stage, block, [answer.text for answer in answers], lengths)
         except Exception as error:
@@ -218,8 +221,15 @@ def team_of(job: AnswersJob) -> tuple[Any, ...]:
     return job.storage_root, recipe.model, *settings, run.model_dump_json(), alone
 
 
-def prompts_of(questions: Sequence[Question], *, blind: bool) -> list[Prompt]:
+def prompts_of(
+    questions: Sequence[Question], *, blind: bool, longest: int | None = None
+) -> list[Prompt]:
     """Turns questions into prompts, without their images where the model is to be blind.
+
+    Args:
+        questions: Of one benchmark.
+        blind: Leave the images out.
+        longest: Tokens of any answer at most; None leaves each question's own.
 
     Raises:
         DataError: An image is not where it was, or another one is there.
@@ -231,7 +241,7 @@ def prompts_of(questions: Sequence[Question], *, blind: bool) -> list[Prompt]:
             name=f"{question.benchmark} {question.item_id}",
             text=question.prompt,
             images=() if image is None else (_bytes(image, stored),),
-            max_new_tokens=question.max_new_tokens,
+            max_new_tokens=min(question.max_new_tokens, longest or question.max_new_tokens),
         )
         for question, image in zip(questions, shown or [None] * len(questions), strict=True)
     ]

@@ -98,6 +98,7 @@ def add_suite(
                 mode=suite.mode,
                 blind=blind,
                 limit=suite.limit,
+                max_new_tokens=suite.max_new_tokens,
                 batch_size=suite.batch_size,
                 run=run,
             )

@@ -13,15 +13,46 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+from kdscale.core.config import DataSpec
+from kdscale.core.eval_config import Cka
 from kdscale.core.keys import describe
+from kdscale.core.scale import MINI, TRUE_SIZE_CPU, Sizes
 from kdscale.sweep.plan import Plan, PlannedTrial, Stage
 
 SUMMARY = ("walk", "summary.json")
 CHANGED = "global batch 2, accumulation 1, fp32, 4 new tokens"
+WALK = TRUE_SIZE_CPU.replace(
+    name="walk",
+    gates=False,
+    data={
+        role: spec.replace(mini=spec.mini.replace(num_samples=16, samples_per_shard=16))
+        for role, spec in MINI.data.items()
+        if spec.mini is not None
+    },
+    zero_shot={
+        role: spec.replace(
+            data=spec.data.replace(num_samples=8, mini=spec.data.mini.replace(num_samples=8))
+        )
+        for role, spec in MINI.zero_shot.items()
+        if spec.data.mini is not None
+    },
+    suites={
+        role: suite.replace(
+            name="one question each",
+            num_items=32,
+            limit=1,
+            blind=False,
+            batch_size=1,
+            max_new_tokens=4,
+        )
+        for role, suite in MINI.suites.items()
+    },
+    sizes=Sizes(batch_divisor=2048),
+)
 # What may differ between cells without anything else being built.
 SAME_BUILD = frozenset(
     {"data", "seed", "crop_seed", "epochs", "lr", "projector_lr", "warmup_steps", "warmup_ratio"}
-    | {"model", "projector", "max_steps", "features", "teacher_outputs", "eval_outputs"}
+    | {"model", "projector", "max_steps", "features", "teacher_outputs", "eval_outputs", "images"}
 )
 
 
@@ -89,14 +120,15 @@ def walk_of(plan: Plan) -> Walk:
     trials: list[PlannedTrial] = []
     cells: list[Cell] = []
     for trial in plan.trials:
-        signatures = {key: signature(plan.stages[key]) for key in trial.path}
+        path = sorted(trial.path, key=lambda key: _is_late(plan.stages[key]))
+        signatures = {key: signature(plan.stages[key]) for key in path}
         fresh = [key for key, found in signatures.items() if found not in known]
         for key in fresh:
             known.setdefault(signatures[key], key)
         needed = _with_inputs(fresh, plan.stages)
         if needed:
-            path = tuple(key for key in trial.path if key in needed)
-            trials.append(replace(trial, path=path, key=path[-1]))
+            kept = tuple(key for key in trial.path if key in needed)
+            trials.append(replace(trial, path=kept, key=kept[-1]))
         builds = {found: known[found] for found in signatures.values()}
         cells.append(Cell(sweep=trial.sweep, name=trial.trial.name, builds=builds))
     used = {key for trial in trials for key in trial.path}
@@ -108,6 +140,11 @@ def signature(stage: Stage) -> str:
     """Names what a stage builds: its kind and recipe without what changes numbers alone."""
     text = json.dumps([stage.kind, _pruned(describe(stage.recipe, {}))], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _is_late(stage: Stage) -> bool:
+    """Of comparisons that build the same, the one on the drawn images stands for the others."""
+    return isinstance(stage.recipe, Cka) and not isinstance(stage.recipe.images, DataSpec)
 
 
 def _pruned(value: Any) -> Any:
