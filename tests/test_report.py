@@ -421,4 +421,4 @@ def test_a_student_read_at_an_epoch_is_scored_there(tmp_path):
     cells = {row: cell.value for (row, _), cell in report.tables[0].cells.items()}
     assert cells == {"1": 25.0, "2": 75.0}
     assert "All 2 stages" in report.message()
-    assert html_page(report, study.plan)
+    assert html_page(report, study.storage)

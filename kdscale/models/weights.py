@@ -105,6 +105,8 @@ def find_weights(spec: TowerSpec, config: dict[str, Any]) -> WeightsSource | Non
 def _from_directory(directory: Path, config: dict[str, Any]) -> WeightsSource:
     """Finds the weights of a local directory in the hub's layout."""
     expected = f"{CONFIG_FILE} and {WEIGHTS_FILE}"
+    if directory.is_file():
+        raise WeightsError(f"{directory} is a file: name it by its absolute path, or by Pretrained")
     if not directory.is_dir():
         raise WeightsError(
             f"weights directory {directory} does not exist; expected {expected} in it"
