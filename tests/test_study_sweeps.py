@@ -4,6 +4,7 @@ distillations they come to.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from kdscale.core.vlm_config import Vlm
 from kdscale.sweep.plan import make_plan
 
 SWEEPS = Path(__file__).parent.parent / "sweeps"
+DOCS = SWEEPS.parent / "docs" / "sweeps.md"
 NAMES = sorted(path.stem for path in SWEEPS.glob("*.py"))
 OWN_SCALE = {"quickstart", "photos", "vlm_true_size"}  # data or questions of one scale
 STUDY = [name for name in NAMES if name not in OWN_SCALE]
@@ -27,6 +29,10 @@ STUDY = [name for name in NAMES if name not in OWN_SCALE]
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     """One storage, so that the miniature benchmarks are drawn once."""
     return Storage(str(tmp_path_factory.mktemp("storage")))
+
+
+def load(name: str) -> Sweep:
+    return load_sweep(SWEEPS / f"{name}.py")
 
 
 def distillations(sweeps: list[Sweep], storage: Storage) -> set[str]:
@@ -44,7 +50,7 @@ def early(sweep: Sweep) -> Sweep:
 @pytest.mark.parametrize("scale", [MINI, PAPER], ids=lambda scale: scale.name)
 @pytest.mark.parametrize("name", STUDY)
 def test_every_sweep_can_be_planned(name: str, scale: Scale, storage: Storage) -> None:
-    sweep = load_sweep(SWEEPS / f"{name}.py")
+    sweep = load(name)
     assert (sweep.name, sweep.scale) == (name, "paper")
     plan = make_plan([sweep], storage, scale, {})
     trials = [planned.trial.name for planned in plan.trials]
@@ -54,15 +60,19 @@ def test_every_sweep_can_be_planned(name: str, scale: Scale, storage: Storage) -
 
 
 def test_the_study_has_as_many_distillations_as_counted_by_hand(storage: Storage) -> None:
-    tables = [load_sweep(SWEEPS / f"{name}.py") for name in ("table2_teachers", "table4_losses")]
+    tables = [load(name) for name in ("table2_teachers", "table4_losses")]
     assert [len(distillations([table], storage)) for table in tables] == [11, 20]
     assert len(distillations(tables, storage)) == 26
-    tables.append(load_sweep(SWEEPS / "table5_data.py"))
+    tables.append(load("table5_data"))
     assert len(distillations(tables, storage)) == 30
-    figure3 = load_sweep(SWEEPS / "figure3_duration.py")
+    figure3 = load("figure3_duration")
     assert len(distillations([*tables, early(figure3)], storage)) == 32
     assert len(distillations([*tables, figure3], storage)) == 34
+    # What the documentation says of each.
+    said = re.findall(r"^\| `(\w+)\.py` \|.*\| (\d+) \|$", DOCS.read_text(), re.MULTILINE)
+    counts = {name: len(distillations([load(name)], storage)) for name in STUDY}
+    assert {name: int(count) for name, count in said if name in STUDY} == counts
     # What the others add: nothing, or what they ask about.
     study = distillations([*tables, figure3], storage)
     for name in ("table1_encoders", "table3_cka", "figure2_gap", "control_openai_labels"):
-        assert distillations([load_sweep(SWEEPS / f"{name}.py")], storage) <= study, name
+        assert distillations([load(name)], storage) <= study, name

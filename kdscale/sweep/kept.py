@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from kdscale.core.config import STAGE_WEIGHTS, Distill, Recipe, TowerSpec
+from kdscale.core.journal import Line
 from kdscale.core.storage import Storage
 from kdscale.core.trained import missing_epochs, trained_by
-
-if TYPE_CHECKING:
-    from kdscale.sweep.plan import PlannedTrial, Stage
+from kdscale.sweep.stage import PlannedTrial, Stage
 
 
 def is_finished(stage: Stage, storage: Storage) -> bool:
@@ -48,12 +46,12 @@ def keeping(stage: Stage, recipe: Recipe, storage: Storage) -> Stage:
     return looked_up(replace(stage, recipe=stage.training.replace(keep_epochs=both)), storage)
 
 
-def end_of(stage: Stage, epoch: int) -> int | None:
-    """Returns the last step of an epoch, None where the data's size is not known."""
-    if stage.num_samples is None or stage.total_steps is None:
-        return None
-    per_epoch = stage.num_samples // stage.training.global_batch_size
-    return min(epoch * per_epoch, stage.total_steps)
+def until(epoch: int | None, stage: Stage, journal: list[Line]) -> list[Line]:
+    """Returns a distillation's journal up to the end of an epoch, all of it for None."""
+    if epoch is None or stage.num_samples is None:
+        return journal
+    last = epoch * (stage.num_samples // stage.training.global_batch_size)
+    return [line for line in journal if line["step"] <= last]
 
 
 def early_students(

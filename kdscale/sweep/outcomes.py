@@ -26,12 +26,12 @@ from kdscale.core.config import Distill, ZeroShotSpec
 from kdscale.core.eval_config import Cka
 from kdscale.core.journal import Line, read_steps
 from kdscale.core.storage import StageStore, Storage
-from kdscale.core.trained import epoch_suffix, student_key
+from kdscale.core.trained import epoch_suffix
 from kdscale.core.types import DataError, StorageError, UnfinishedStage
 from kdscale.core.vlm_config import Evaluate
 from kdscale.core.zero_shot_config import Gate
 from kdscale.eval.answers import load_items
-from kdscale.sweep.kept import end_of, is_finished
+from kdscale.sweep.kept import is_finished, until
 from kdscale.sweep.plan import Stage
 
 LEVEL = 0.95
@@ -138,11 +138,6 @@ class Outcome:
     epoch: int | None = None
 
     @property
-    def key(self) -> str:
-        """Names what was read: the stage's key, with the epoch where there is one."""
-        return student_key(self.stage.key, self.epoch)
-
-    @property
     def last_step(self) -> int | None:
         """Last step in the journal, None where the stage has not started."""
         return self.journal[-1]["step"] if self.journal else None
@@ -232,14 +227,11 @@ def read_outcome(stage: Stage, storage: Storage, epoch: int | None = None) -> Ou
         epoch: Where a distillation's student is read, one that it keeps; None for its end.
     """
     store = stage.store(storage)
-    journal = read_steps(store)
-    if epoch is not None:
-        last = end_of(stage, epoch)
-        journal = [line for line in journal if last is None or line["step"] <= last]
+    journal = until(epoch, stage, read_steps(store))
     if not is_finished(stage, storage):
         return Outcome(stage=stage, done=False, journal=journal, epoch=epoch)
     classes = _classes_of(stage)
-    predictions, score, note = None, None, "the recipe names no benchmark"
+    predictions, items, score, note = None, None, None, "the recipe names no benchmark"
     if classes is not None:
         try:
             predictions = read_predictions(store, epoch)
@@ -248,7 +240,6 @@ def read_outcome(stage: Stage, storage: Storage, epoch: int | None = None) -> Ou
             predictions, note = None, f"no score: {error}"
     seconds = None if epoch is not None else _json(store, "stage.json").get("seconds")
     answers = read_answers(store) if isinstance(stage.recipe, Evaluate) else None
-    items = None
     if isinstance(stage.recipe, Answers):
         try:
             items, note = load_items(store), ""

@@ -20,7 +20,7 @@ from kdscale.core.eval_config import BenchmarkImages, Cka
 from kdscale.core.keys import content_key, local_files
 from kdscale.core.scale import Scale, Sizes, data_names, resolve, teacher_of
 from kdscale.core.storage import StageStore, Storage
-from kdscale.core.trained import student_key, trained_by, trained_weights
+from kdscale.core.trained import trained_by, trained_weights
 from kdscale.core.types import NoShards
 from kdscale.core.vlm_config import Evaluate, Language, Vlm
 from kdscale.core.zero_shot_config import Gate
@@ -32,91 +32,17 @@ from kdscale.sweep.check import check_cacheable, check_paths, check_recipe
 from kdscale.sweep.cka import add_cka
 from kdscale.sweep.cost import (
     EFFECTIVE_TFLOPS,
-    Work,
     bytes_out,
     feature_saving,
     flops,
-    gpu_hours,
     saving,
 )
 from kdscale.sweep.gates import add_gate, gate_source
-from kdscale.sweep.grid import Sweep, Trial
+from kdscale.sweep.grid import Sweep
 from kdscale.sweep.kept import keeping, looked_up
 from kdscale.sweep.naming import label
+from kdscale.sweep.stage import PlannedTrial, Stage
 from kdscale.sweep.vlm import add_vlm
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One distinct stage.
-
-    Attributes:
-        name: For people.
-        inputs: Keys of the stages it needs.
-        num_samples: Samples of its data set, None where nothing is known of it.
-        total_steps: Optimizer steps, or shards of an embed stage; likewise.
-        flops: Work, None where a tower's or the data set's size is not known.
-        bytes_out: Size of the output, estimated.
-        estimated: The data are not at hand: all this follows from the samples that the data
-            spec says there are.
-        data_hash: Manifest of the data that the key stands for, None where none was at hand.
-        note: Why a finished stage is run again.
-    """
-
-    kind: str
-    key: str
-    name: str
-    recipe: Recipe
-    inputs: tuple[str, ...]
-    num_samples: int | None
-    total_steps: int | None
-    flops: float | None
-    bytes_out: float | None
-    reused: bool
-    estimated: bool = False
-    data_hash: str | None = None
-    note: str = ""
-
-    @property
-    def gpu_hours(self) -> float | None:
-        """Hours on an accelerator that sustains `EFFECTIVE_TFLOPS`."""
-        return None if self.flops is None else gpu_hours(self.flops)
-
-    @property
-    def training(self) -> Distill:
-        """The recipe of a stage that trains."""
-        assert isinstance(self.recipe, Distill)
-        return self.recipe
-
-    @property
-    def work(self) -> Work:
-        """The recipe beside its amount of data."""
-        return Work(recipe=self.recipe, num_samples=self.num_samples, total_steps=self.total_steps)
-
-    def store(self, storage: Storage) -> StageStore:
-        """The stage's directory."""
-        return StageStore(storage, self.kind, self.key)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlannedTrial:
-    """A trial as a path through stages, inputs first.
-
-    Attributes:
-        key: Key of the stage whose outcome is the trial's; only comparisons come after it.
-        epoch: Where a distillation's outcome is read, None for its end.
-    """
-
-    sweep: str
-    trial: Trial
-    path: tuple[str, ...]
-    key: str
-    epoch: int | None = None
-
-    @property
-    def student(self) -> str:
-        """Names a distillation's outcome: the key, with the epoch where there is one."""
-        return student_key(self.key, self.epoch)
 
 
 @dataclass

@@ -292,7 +292,7 @@ def _trial_row(
 def _common(outcome: Outcome, notes: Sequence[str]) -> dict[str, Any]:
     """Returns the fields that the rows of trials and teachers share."""
     return {
-        "key": outcome.key,
+        "key": student_key(outcome.stage.key, outcome.epoch),
         "state": DONE if outcome.done else NOT_FINISHED,
         "step": outcome.last_step,
         "total_steps": outcome.stage.total_steps,
