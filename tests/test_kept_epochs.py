@@ -27,6 +27,7 @@ from kdscale.sweep.kept import is_finished
 from kdscale.sweep.plan import Plan, make_plan
 from kdscale.sweep.progress import _stage_label
 
+UNGATED = PAPER.replace(gates=False)
 PER_EPOCH = 3  # steps of 8 samples
 WEIGHTS = "open_clip_model.safetensors"
 
@@ -105,7 +106,7 @@ def test_a_run_that_ends_early_keeps_its_last_student(tmp_path: Path) -> None:
     assert missing_epochs(job.stage, (1, 2)) == []
 
 
-def plan_of(storage: Storage, *stages: Distill | Vlm, scale: Any = PAPER) -> Plan:
+def plan_of(storage: Storage, *stages: Distill | Vlm, scale: Any = UNGATED) -> Plan:
     return make_plan([Sweep(name="x", stages=list(stages))], storage, scale, {})
 
 

@@ -18,6 +18,8 @@ from kdscale.core.types import ConfigError, UnknownName, WeightsError
 from kdscale.models.towers import build_clip, save_clip
 from kdscale.sweep.plan import Plan, make_plan
 
+UNGATED = PAPER.replace(gates=False)
+
 
 def released(model: torch.nn.Module, path: Path, **changes: Any) -> Path:
     """Writes a checkpoint as open_clip's trainer does, from under DDP."""
@@ -96,7 +98,7 @@ def test_what_does_not_fit_is_named(model: torch.nn.Module, tmp_path: Path) -> N
     assert "cannot be read" in error(tmp_path / "cut.pt")
 
 
-def plan_of(root: Path, stage: Distill | Vlm, scale: Any = PAPER) -> Plan:
+def plan_of(root: Path, stage: Distill | Vlm, scale: Any = UNGATED) -> Plan:
     return make_plan([Sweep(name="x", stages=[stage])], Storage(str(root)), scale, {})
 
 
