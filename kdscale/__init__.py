@@ -10,6 +10,7 @@ if TYPE_CHECKING:
         Distill,
         Execution,
         MiniWorld,
+        Pretrained,
         TowerSpec,
         ZeroShotSpec,
     )
@@ -26,6 +27,7 @@ __all__ = [
     "Lora",
     "MiniWorld",
     "Pivot",
+    "Pretrained",
     "QuestionsSpec",
     "Sweep",
     "TowerSpec",

@@ -7,7 +7,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,6 +47,7 @@ RandomWeights = Annotated[bool, typer.Option("--random-weights", help="Pretraine
 Gates = Annotated[
     bool, typer.Option("--gates/--no-gates", help="Check pretrained teachers on ImageNet first.")
 ]
+Seeds = Annotated[str | None, typer.Option("--seeds", help="Instead of the sweep's: 0,1,2.")]
 MaxSteps = Annotated[int | None, typer.Option("--max-steps", help="Stop every stage there.", min=1)]
 
 
@@ -124,6 +125,18 @@ def parse_settings(settings: Sequence[str], scale: Scale) -> dict[str, Any]:
     return fields
 
 
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """Turns `0,1,2` into seeds.
+
+    Raises:
+        ConfigError: If it is no list of different whole numbers.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts) or len(set(map(int, parts))) < len(parts):
+        raise ConfigError(f"--seeds takes different whole numbers, as 0,1,2; got {text!r}")
+    return tuple(map(int, parts))
+
+
 def load_sweep(path: Path) -> Sweep:
     """Imports a sweep file and returns its `sweep`.
 
@@ -155,10 +168,13 @@ def sweep_command(action: Callable[[Request], None]) -> Callable[..., None]:
         random_weights: RandomWeights = False,
         max_steps: MaxSteps = None,
         gates: Gates = True,
+        seeds: Seeds = None,
         as_json: AsJson = False,
     ) -> None:
         with guarded():
             sweeps = [load_sweep(file) for file in files]
+            if seeds is not None:
+                sweeps = [replace(sweep, seeds=parse_seeds(seeds)) for sweep in sweeps]
             found = scale_named(scale or _common_scale(sweeps))
             found = found.replace(data_paths=parse_data(data or []), gates=found.gates and gates)
             if random_weights:

@@ -116,20 +116,26 @@ def write_journal(stage, storage, steps, cka=None):
     journal.flush()
 
 
+def write_scores(stage, storage, predicted, suffix="", cka=None, order=None):
+    """Writes a student's answers and metrics."""
+    parts = (*stage.store(storage).parts, "output")
+    order = list(range(NUM_IMAGES)) if order is None else order
+    columns = {"key": KEYS, "label": LABELS, "prediction": predicted}
+    table = {name: [values[i] for i in order] for name, values in columns.items()}
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(table), buffer)
+    storage.write(buffer.getvalue(), *parts, f"zero_shot{suffix}.parquet")
+    metrics = {"zero_shot_top1": 0.0}
+    metrics |= {} if cka is None else {"cka_debiased": cka, "cka_biased": cka + 0.1}
+    storage.write_json(metrics, *parts, f"metrics{suffix}.json")
+
+
 def finish(stage, storage, predicted, cka=None, order=None):
     """Writes everything that a finished stage leaves behind."""
     write_journal(stage, storage, STEPS, cka)
     store = stage.store(storage)
     if predicted is not None:
-        order = list(range(NUM_IMAGES)) if order is None else order
-        columns = {"key": KEYS, "label": LABELS, "prediction": predicted}
-        table = {name: [values[i] for i in order] for name, values in columns.items()}
-        buffer = io.BytesIO()
-        pq.write_table(pa.table(table), buffer)
-        storage.write(buffer.getvalue(), *store.parts, "output", "zero_shot.parquet")
-        metrics = {"zero_shot_top1": 0.0}
-        metrics |= {} if cka is None else {"cka_debiased": cka, "cka_biased": cka + 0.1}
-        storage.write_json(metrics, *store.parts, "output", "metrics.json")
+        write_scores(stage, storage, predicted, cka=cka, order=order)
     store.finish({"kind": stage.kind, "total_steps": STEPS, "seconds": 75.0})
 
 
@@ -398,3 +404,21 @@ def test_a_report_needs_neither_torch_nor_ray():
     code = f"import sys; import kdscale.sweep.report; print(len({heavy} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "0"
+
+
+def test_a_student_read_at_an_epoch_is_scored_there(tmp_path):
+    early = recipe(teacher="clip_b16", epochs=2, read_epoch=choose(1, 2))
+    table = Pivot(rows="read_epoch", columns="teacher")
+    study = Study(tmp_path, [make_sweep(stages=[early], baseline=None, table=table)])
+    (key,) = {planned.key for planned in study.plan.trials}
+    stage = study.plan.stages[key]
+    write_scores(stage, study.storage, answers(10), "-epoch-0001")
+    finish(stage, study.storage, answers(30))
+    finish(study.teacher("base"), study.storage, answers(35))
+    report = study.report()
+    assert [row.score.top1 for row in report.trials] == [25.0, 75.0]
+    assert [row.step for row in report.trials] == [STEPS, STEPS]
+    cells = {row: cell.value for (row, _), cell in report.tables[0].cells.items()}
+    assert cells == {"1": 25.0, "2": 75.0}
+    assert "All 2 stages" in report.message()
+    assert html_page(report, study.storage)

@@ -410,3 +410,13 @@ def test_a_loss_of_the_sweep_file_travels_by_value(tmp_path: Path) -> None:
         check=True,
     )
     assert found.stdout.decode().strip() == "halved"
+
+
+def test_seeds_come_from_the_command_line(tmp_path: Path) -> None:
+    command = ["plan", str(SWEEPS / "table4_losses.py"), "--storage", str(tmp_path), "--json"]
+    found = CliRunner().invoke(app, [*command, "--seeds", "0, 2,5"])
+    kinds = [stage["kind"] for stage in json.loads(found.stdout)["stages"]]
+    assert kinds.count("distill") == 3 * 20
+    for text in ("0,0", "1.5", "a", "", "0,"):
+        wrong = CliRunner().invoke(app, [*command, "--seeds", text])
+        assert (wrong.exit_code, "different whole numbers" in wrong.output) == (2, True), text

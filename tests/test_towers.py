@@ -119,7 +119,7 @@ def check_work(name: str) -> None:
     assert text_flops.get_total_flops() / 1e9 == pytest.approx(spec.facts.text_gflop, rel=0.1)
 
 
-@pytest.mark.parametrize("name", ["vit_t16", "mobilevit_s", "swin_t", "convnext_t"])
+@pytest.mark.parametrize("name", ["vit_t16", "vit_s16", "mobilevit_s", "swin_t", "convnext_t"])
 def test_work_of_students(name: str) -> None:
     check_work(name)
 

@@ -161,6 +161,25 @@ STUDENTS: dict[str, TowerSpec] = {
         patch_px=16,
         facts=_facts(5.62, 2.51),
     ),
+    # The next sizes of the same tower, beside the same text tower: what if the student were larger?
+    "vit_s16": TowerSpec(
+        name="ViT-S/16",
+        clip_config=student_config(
+            {"layers": 12, "width": 384, "head_width": 64, "patch_size": 16}
+        ),
+        width=384,
+        patch_px=16,
+        facts=_facts(21.86, 9.20),
+    ),
+    "vit_b16": TowerSpec(
+        name="ViT-B/16",
+        clip_config=student_config(
+            {"layers": 12, "width": 768, "head_width": 64, "patch_size": 16}
+        ),
+        width=768,
+        patch_px=16,
+        facts=_facts(86.19, 35.13),
+    ),
     "mobilevit_s": TowerSpec(
         name="MobileViT-S",
         clip_config=timm_config("mobilevit_s"),
@@ -249,6 +268,9 @@ LANGUAGE_MODELS: dict[str, LanguageModelSpec] = {
 # the paper speaks of 9M, so its download had lost more links.
 DATA: dict[str, DataSpec] = {
     "cc12m": DataSpec(name="CC12M", num_samples=10_968_539),
+    # Mixes, made by `kdscale data mix`.
+    "cc12m_bunny": DataSpec(name="CC12M + Bunny LAION-2M", num_samples=12_968_539),
+    "cc12m_llava": DataSpec(name="CC12M + LLaVA-Pretrain", num_samples=11_526_667),
     "bunny_laion_2m": DataSpec(name="Bunny LAION-2M", num_samples=2_000_000),
     "llava_pretrain_558k": DataSpec(name="LLaVA-Pretrain 558k", num_samples=558_128),
     "llava_mix_665k": DataSpec(name="LLaVA-1.5 mix 665k", num_samples=665_298),

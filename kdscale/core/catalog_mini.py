@@ -220,12 +220,17 @@ MINI_TEACHERS: dict[str, Distill] = {
 }
 MINI_STUDENTS: dict[str, TowerSpec] = {
     "vit_t16": vit("mini ViT-T/16", width=64, **TINY),
+    "vit_s16": vit("mini ViT-S/16", width=96, **TINY),
+    "vit_b16": vit("mini ViT-B/16", width=128, **TINY),
     "mobilevit_s": hierarchical("mini MobileViT", "mobilevit_xxs", 320, 0.972, 0.0418),
     "swin_t": hierarchical("Swin-T at 64 px", "swin_tiny_patch4_window7_224", 768, 27.55, 0.712),
     "convnext_t": hierarchical("mini ConvNeXt", "test_convnext2", 128, 0.357, 0.0162),
 }
 MINI_DATA: dict[str, DataSpec] = {
     "cc12m": world("mini CC12M", 11, 8192, caption_noise=0.3),
+    # The same captions and as many more as the other set has.
+    "cc12m_bunny": world("mini CC12M + LAION-2M", 11, 8192 + 2048, caption_noise=0.3),
+    "cc12m_llava": world("mini CC12M + LLaVA-Pretrain", 11, 8192 + 512, caption_noise=0.3),
     "bunny_laion_2m": world("mini LAION-2M", 12, 2048, caption_noise=0.2, content="pretrain"),
     "llava_pretrain_558k": world("mini LLaVA-Pretrain", 13, 512, content="pretrain"),
     "llava_mix_665k": world("mini LLaVA mix", 14, 8192, content="instruct"),

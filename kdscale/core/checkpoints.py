@@ -70,14 +70,23 @@ class Checkpoints:
             f"{then}"
         )
 
+    def forget_from(self, step: int) -> None:
+        """Removes the checkpoints of this step and of later ones."""
+        for late in self._steps():
+            if late >= step:
+                self._remove(late)
+
     def _write(self, step: int, state: bytes) -> None:
-        storage, parts = self._stage.storage, (*self._stage.parts, "checkpoints")
-        storage.write(state, *parts, _name(step))
+        self._stage.storage.write(state, *self._stage.parts, "checkpoints", _name(step))
         for old in self._steps()[: -self._keep]:
-            storage.remove(*parts, _name(old))
-            for name in storage.names(*parts):
-                if name.startswith(f"step-{old:09d}-") and name.endswith(".part"):
-                    storage.remove(*parts, name)
+            self._remove(old)
+
+    def _remove(self, step: int) -> None:
+        storage, parts = self._stage.storage, (*self._stage.parts, "checkpoints")
+        storage.remove(*parts, _name(step))
+        for name in storage.names(*parts):
+            if name.startswith(f"step-{step:09d}-") and name.endswith(".part"):
+                storage.remove(*parts, name)
 
     def _steps(self) -> list[int]:
         names = self._stage.storage.names(*self._stage.parts, "checkpoints")

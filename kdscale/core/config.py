@@ -10,20 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
-from pydantic.config import JsonDict
+from pydantic import Field, field_validator, model_validator
 
-from kdscale.core.types import ConfigError, UnknownField
+from kdscale.core.spec import IN_KEY_UNLESS_DEFAULT, NOT_IN_KEY, Choice, Spec
 
-NOT_IN_KEY: JsonDict = {"in_key": False}
-IN_KEY_UNLESS_DEFAULT: JsonDict = {"in_key": "unless default"}  # for fields that came later
 Precision = Literal["fp32", "bf16", "fp16"]
 Mode = Literal["paper", "corrected"]
 Tap = Literal["patch_mean", "pooled", "vlm"]
@@ -33,63 +23,6 @@ EMBED_STAGE = "embed:"  # in front of the key of the stage that wrote the cache
 _EMBED = f"{EMBED_STAGE}[0-9a-f]{{16}}"
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-class Choice:
-    """Several values for one recipe field; two fields that hold the same choice move together.
-
-    Attributes:
-        options: The values, in the order in which trials are made.
-        link: Choices with the same link are zipped (they take their i-th option together).
-    """
-
-    def __init__(self, options: tuple[Any, ...], link: object = None) -> None:
-        if not options:
-            raise ConfigError("a choice needs at least one option")
-        self.options = options
-        self.link = link if link is not None else self
-
-    def __repr__(self) -> str:
-        return f"choose({', '.join(map(repr, self.options))})"
-
-
-class Spec(BaseModel):
-    """Base of specs and recipes: frozen, keyword-only, closed to unknown fields."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", arbitrary_types_allowed=True, protected_namespaces=()
-    )
-
-    def __init__(self, **fields: Any) -> None:
-        try:
-            super().__init__(**fields)
-        except ValidationError as error:
-            raise _named(type(self).__name__, set(type(self).model_fields), error) from error
-
-    def replace(self, **changes: Any) -> Self:
-        """Returns a copy with some fields changed, validated like a new one."""
-        return type(self)(
-            **{name: getattr(self, name) for name in type(self).model_fields} | changes
-        )
-
-
-def _named(owner: str, known: set[str], error: ValidationError) -> ConfigError:
-    """Turns pydantic's report into one of our errors, one line a problem."""
-    lines: list[str] = []
-    unknown = False
-    for item in error.errors():
-        where = ".".join([owner, *map(str, item["loc"])])
-        if item["type"] == "extra_forbidden":
-            unknown = True
-            name = where.removeprefix(f"{owner}.")
-            lines.append(f"{owner} has no field {name!r}; it has {', '.join(sorted(known))}")
-        elif item["type"] == "value_error":  # our own, which says what was found
-            cause = item.get("ctx", {}).get("error", item["msg"])
-            unknown = unknown or isinstance(cause, UnknownField)
-            lines.append(f"{where}: {cause}")
-        else:
-            lines.append(f"{where}: {item['msg']}, got {item.get('input')!r:.80}")
-    return (UnknownField if unknown else ConfigError)("; ".join(lines))
 
 
 class TowerFacts(Spec):
@@ -287,6 +220,29 @@ class Recipe(Spec):
         return {name: value for name, value in fields.items() if isinstance(value, Choice)}
 
 
+class Pretrained(Spec):
+    """A student trained elsewhere: `Pretrained("swin.pt", student="swin_t")`.
+
+    As `student` of a `Distill` training goes on from its weights; as `vision` of a `Vlm` it sees.
+
+    Attributes:
+        path: A directory in the hub's layout, or a checkpoint file (`kdscale.models.weights`
+            says which). The file's hash is part of the content key, its place is not.
+        student: The architecture: a role or a `TowerSpec`.
+    """
+
+    path: str
+    student: str | TowerSpec
+
+    def __init__(self, path: str, **fields: Any) -> None:
+        super().__init__(path=path, **fields)
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return f"{getattr(self.student, 'name', self.student)} of {self.path}"
+
+
 class Embed(Recipe):
     """Run a frozen teacher once over a data set and keep its embeddings beside the shards.
 
@@ -318,8 +274,9 @@ class Distill(Recipe):
     CLIP-KD's otherwise; `global_batch_size` reads the printed 256 as per GPU on 16 GPUs.
 
     Attributes:
-        student: A role of the catalogue or a `TowerSpec`.
-        teacher: A role, a `TowerSpec`, or None for training without a teacher.
+        student: A role of the catalogue, a `TowerSpec`, or a student trained elsewhere.
+        teacher: A role, a `TowerSpec`, the student of another recipe, or None for training
+            without a teacher.
         loss: A recipe's name, a mapping {term: weight}, or a function importable on the workers.
         mode: `paper` repeats the released code's behaviour, `corrected` its formulae.
         flags: Single quirks that differ from the mode (`kdscale.losses.recipes.LossFlags`).
@@ -337,13 +294,16 @@ class Distill(Recipe):
         zero_shot: Benchmark read at every checkpoint, None for none.
         cka_with: A role or tower that the finished student is compared with, None for none.
         cka: On what, and how.
+        keep_epochs: Keep the student at the end of these epochs, too.
+        read_epoch: Which of its students the recipe stands for: that at the end of this epoch,
+            which is kept; None for the last one. `at_epoch` sets it.
     """
 
     kind: ClassVar[str] = "distill"
     version: ClassVar[int] = 3
 
-    student: str | TowerSpec
-    teacher: str | TowerSpec | None = None
+    student: str | TowerSpec | Pretrained
+    teacher: str | TowerSpec | Distill | None = None
     data: str | DataSpec = "cc12m"
     loss: str | dict[str, float] | Callable[..., Any] = "clip_kd"
     mode: Mode = "corrected"
@@ -370,11 +330,17 @@ class Distill(Recipe):
     zero_shot: str | ZeroShotSpec | None = "imagenet"
     cka_with: Annotated[str | TowerSpec | None, Field(json_schema_extra=NOT_IN_KEY)] = None
     cka: Annotated[CkaSpec, Field(json_schema_extra=NOT_IN_KEY)] = CkaSpec()
+    keep_epochs: Annotated[tuple[int, ...], Field(json_schema_extra=NOT_IN_KEY)] = ()
+    read_epoch: Annotated[int | None, Field(json_schema_extra=NOT_IN_KEY)] = None
 
     @property
     def output(self) -> Distill:
         """The student that this recipe trains, for the `vision` of a VLM in the same sweep."""
         return self
+
+    def at_epoch(self, epoch: int | Choice) -> Distill:
+        """Returns the student at the end of an epoch, its learning rate still on the way down."""
+        return self.replace(read_epoch=epoch)
 
     @model_validator(mode="after")
     def _teacher_and_loss_agree(self) -> Self:
@@ -383,4 +349,14 @@ class Distill(Recipe):
                 f"loss {self.loss!r} compares with a teacher and none is given; "
                 "use loss='clip' for a run without one"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _kept_epochs_are_trained(self) -> Self:
+        if any(isinstance(v, Choice) for v in (self.epochs, self.keep_epochs, self.read_epoch)):
+            return self
+        read = () if self.read_epoch is None else (self.read_epoch,)
+        beyond = [epoch for epoch in (*self.keep_epochs, *read) if not 0 < epoch <= self.epochs]
+        if beyond:
+            raise ValueError(f"no student is there to keep at epochs {beyond} of {self.epochs}")
         return self

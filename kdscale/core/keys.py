@@ -12,7 +12,14 @@ from typing import Any, cast
 
 from pydantic import BaseModel
 
-from kdscale.core.config import IN_KEY_UNLESS_DEFAULT, NOT_IN_KEY, Choice, DataSpec, Spec
+from kdscale.core.config import (
+    IN_KEY_UNLESS_DEFAULT,
+    NOT_IN_KEY,
+    Choice,
+    DataSpec,
+    Spec,
+    TowerSpec,
+)
 from kdscale.core.types import ConfigError
 
 KEY_LENGTH = 16
@@ -58,12 +65,16 @@ def describe(value: Any, manifests: Mapping[str, str]) -> Any:
     """Turns a recipe value into JSON that holds exactly what changes numbers."""
     if isinstance(value, DataSpec) and value.urls is not None:
         return {"manifest": manifests.get(value.urls, f"not read: {value.urls}")}
+    if isinstance(value, DataSpec) and value.mini is None:
+        return {"manifest": f"not at hand: {value.name}"}  # for plans, which come before the data
     if isinstance(value, BaseModel):
-        return {
+        known = {
             name: describe(getattr(value, name), manifests)
             for name, field in type(value).model_fields.items()
             if _in_key(field.json_schema_extra, getattr(value, name) == field.default)
         }
+        file = weights_file(known["weights"]) if isinstance(value, TowerSpec) else None
+        return known if file is None else known | {"weights": f"file:{_digest(file)}"}
     if isinstance(value, Mapping):
         entries = cast("Mapping[Any, Any]", value).items()
         return {str(name): describe(item, manifests) for name, item in entries}
@@ -109,10 +120,21 @@ def local_files(recipe: Spec) -> dict[str, Any]:
     return {"files": found} if found else {}
 
 
+def weights_file(weights: str) -> Path | None:
+    """Returns the checkpoint file that a tower's `weights` name, None where they name none."""
+    path = Path(weights).expanduser()
+    return path if path.is_absolute() and path.is_file() else None
+
+
 def folder_contents(folder: Path) -> dict[str, str]:
     """Hashes the files of a directory, not those below: {name: SHA-256}."""
-    files = [(file, file.stat()) for file in folder.iterdir() if file.is_file()]
-    return {f.name: _file_digest(str(f), s.st_size, s.st_mtime_ns) for f, s in files}
+    return {file.name: _digest(file) for file in folder.iterdir() if file.is_file()}
+
+
+def _digest(file: Path) -> str:
+    """Hashes a file by SHA-256."""
+    stat = file.stat()
+    return _file_digest(str(file), stat.st_size, stat.st_mtime_ns)
 
 
 @lru_cache(maxsize=256)

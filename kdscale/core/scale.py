@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -18,11 +19,12 @@ from kdscale.core.config import (
     Distill,
     Execution,
     Precision,
+    Pretrained,
     Spec,
     TowerSpec,
     ZeroShotSpec,
 )
-from kdscale.core.types import ConfigError, unknown_name
+from kdscale.core.types import ConfigError, WeightsError, unknown_name
 from kdscale.core.vlm_config import (
     Language,
     LanguageModelSpec,
@@ -182,12 +184,15 @@ def resolve(recipe: Distill, scale: Scale, overrides: Mapping[str, Any] | None =
         ConfigError: If an override does not validate.
     """
     sizes = scale.sizes
+    read = recipe.read_epoch
     changes: dict[str, Any] = {
-        "student": _tower(recipe.student, scale, "student"),
+        "student": student_tower(recipe.student, scale),
         "data": with_path(lookup("data set", recipe.data, scale.data), scale),
         "zero_shot": benchmark_of(recipe.zero_shot, scale),
         "precision": recipe.precision or scale.precision,
         "epochs": math.ceil(recipe.epochs / sizes.epoch_divisor),
+        "keep_epochs": tuple(math.ceil(kept / sizes.epoch_divisor) for kept in recipe.keep_epochs),
+        "read_epoch": read and math.ceil(read / sizes.epoch_divisor),
         "global_batch_size": math.ceil(recipe.global_batch_size / sizes.batch_divisor),
         "warmup_steps": math.ceil(recipe.warmup_steps / sizes.warmup_divisor),
         "lr": recipe.lr * sizes.lr_factor,
@@ -198,7 +203,14 @@ def resolve(recipe: Distill, scale: Scale, overrides: Mapping[str, Any] | None =
     resolved = recipe.replace(**changes)
     batch = resolved.global_batch_size
     group = resolved.bn_group or default_bn_group(batch)
-    return resolved.replace(bn_group=max(2, min(group, batch)))
+    return resolved.replace(bn_group=max(2, min(group, batch)), **_early(resolved))
+
+
+def _early(resolved: Distill) -> dict[str, Any]:
+    """Adds the epoch that is read to those kept; the last one's student is the stage's own."""
+    read = resolved.read_epoch
+    wanted = {*resolved.keep_epochs, *(() if read is None else (read,))} - {resolved.epochs}
+    return {"keep_epochs": tuple(sorted(wanted)), "read_epoch": read if read in wanted else None}
 
 
 def resolve_vlm(stage: VlmStage, scale: Scale, overrides: Mapping[str, Any]) -> VlmStage:
@@ -264,7 +276,7 @@ def default_bn_group(global_batch_size: int) -> int:
 
 def teacher_of(recipe: Distill, scale: Scale) -> TowerSpec | Distill | None:
     """Returns what a recipe's teacher stands for: a tower, the recipe that trains it, or None."""
-    if recipe.teacher is None or isinstance(recipe.teacher, TowerSpec):
+    if not isinstance(recipe.teacher, str):
         return recipe.teacher
     found = lookup("teacher", recipe.teacher, scale.teachers)
     if isinstance(found, TowerSpec) and scale.random_weights:
@@ -328,7 +340,23 @@ def lookup(kind: str, value: Any, registry: Mapping[str, Any]) -> Any:
     return registry[value]
 
 
-def _tower(value: Any, scale: Scale, kind: str) -> TowerSpec:
-    """Looks a student up and drops its weights where the scale asks for random ones."""
-    spec = lookup(kind, value, scale.students)
-    return spec.replace(weights="random") if scale.random_weights else spec
+def student_tower(value: str | TowerSpec | Pretrained, scale: Scale) -> TowerSpec:
+    """Looks a student up and drops its weights where the scale asks for random ones.
+
+    Raises:
+        UnknownName: If a role is not in the scale.
+        WeightsError: If a student trained elsewhere is not there.
+    """
+    own = value.student if isinstance(value, Pretrained) else value
+    spec: TowerSpec = lookup("student", own, scale.students)
+    if scale.random_weights:
+        return spec.replace(weights="random")
+    if not isinstance(value, Pretrained):
+        return spec
+    path = Path(value.path).expanduser().absolute()  # Ray's processes work elsewhere
+    if not path.exists():
+        raise WeightsError(
+            f"{path} does not exist; Pretrained takes a directory in the hub's layout or a "
+            "checkpoint file (--random-weights does without)"
+        )
+    return spec.replace(weights=str(path))

@@ -21,6 +21,7 @@ from kdscale.core.config import (
     MiniWorld,
     Mode,
     Precision,
+    Pretrained,
     Recipe,
     Spec,
     TowerSpec,
@@ -324,7 +325,8 @@ class Vlm(Recipe):
     suite, `Answers` and, with `cka_with`, a `Cka`.
 
     Attributes:
-        vision: A role, a tower, or `distill.output`: the student of a recipe of the same sweep.
+        vision: A role, a tower, a student trained elsewhere, or that of a recipe of the same sweep:
+            `distill.output`, `distill.at_epoch(32)`.
         llm: A role or a language model.
         recipe: A name in `kdscale.core.vlm_recipes.VLM_RECIPES`.
         pretrain: Fields of `Pretrain` that differ from the recipe's; each may hold a choice.
@@ -339,7 +341,7 @@ class Vlm(Recipe):
     kind: ClassVar[str] = "vlm"
     version: ClassVar[int] = 1
 
-    vision: str | TowerSpec | Distill
+    vision: str | TowerSpec | Pretrained | Distill
     llm: str | LanguageModelSpec = "qwen2_0_5b"
     recipe: str = "tinyllava"
     pretrain: PretrainSettings = Field(default_factory=dict)

@@ -23,6 +23,7 @@ from kdscale.core.config import OPENAI_MEAN, OPENAI_STD, STAGE_WEIGHTS, TowerSpe
 from kdscale.core.eval_config import ImageModelSpec
 from kdscale.core.find import find_stage
 from kdscale.core.storage import Storage
+from kdscale.core.trained import epoch_suffix, missing_epochs, trained_weights
 from kdscale.core.types import ConfigError, UnknownName, WeightsError
 from kdscale.models.preprocess import HF_TOKENIZER_FILES, tokenizer
 from kdscale.models.towers import SPEC_FILE, read_spec
@@ -31,7 +32,7 @@ from kdscale.models.weights import CONFIG_FILE, HUB_PREFIX
 ROLES = TEACHERS | STUDENTS
 STAGES = ("distill", "teacher")
 MODEL_CONFIG = "config.json"
-_KEY = re.compile("[0-9a-f]{2,16}")
+_KEY = re.compile("[0-9a-f]{2,16}(@[0-9]+)?")
 _FORMS = (
     f"a role ({', '.join(ROLES)}), open_clip's ARCH/TAG (ViT-B-32/openai), a timm name, "
     "NAME/random for random weights, hf-hub:ORG/NAME, a directory in the hub's layout, or the key "
@@ -49,7 +50,8 @@ def resolve(name: str, storage: Storage | None = None) -> Named:
             weights; a timm name, with or without a tag; either of them as `NAME/random`;
             `hf-hub:ORG/NAME`; a local directory that kdscale, open_clip, timm or transformers
             wrote; or the key of a finished `distill` or `teacher` stage, or its first digits
-            (`stage:KIND/KEY`, too). Tried in this order, directories after roles.
+            (`stage:KIND/KEY`, too), with `@EPOCH` for a student that it kept. Tried in this
+            order, directories after roles.
         storage: Where stages live; None knows none.
 
     Returns:
@@ -107,11 +109,16 @@ def _near(name: str) -> str:
 
 
 def _from_stage(key: str, storage: Storage) -> TowerSpec:
-    """The tower that a stage has trained."""
+    """The tower that a stage has trained, or one that it kept at an earlier epoch."""
+    key, _, text = key.partition("@")
+    epoch = int(text) if text else None
     stage = find_stage(storage, key, STAGES, "a tower")
-    with storage.local_directory(*stage.parts, "output", "model") as directory:
+    if epoch is not None and missing_epochs(stage, [epoch]):
+        raise UnknownName(f"{stage.url()} has kept no student of epoch {epoch}")
+    model = f"model{epoch_suffix(epoch)}"
+    with storage.local_directory(*stage.parts, "output", model) as directory:
         spec = read_spec(directory)
-    return spec.replace(weights=f"{STAGE_WEIGHTS}{stage.kind}/{stage.key}")
+    return spec.replace(weights=trained_weights(stage.kind, stage.key, epoch))
 
 
 def _from_open_clip(arch: str, tag: str) -> TowerSpec:

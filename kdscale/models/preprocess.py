@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from kdscale.core.config import TowerSpec
+from kdscale.core.keys import weights_file
 from kdscale.core.types import ConfigError, WeightsError
 from kdscale.models.bpe import build_bpe, openai_merges
 
@@ -196,7 +197,7 @@ def _siglip(spec: TowerSpec) -> TowerTokenizer:
             return cached
         _warn_folded()
         return TowerTokenizer(kind="folded", source=None, context_length=spec.context_length)
-    if is_directory_name(spec.weights):
+    if is_directory_name(spec.weights) and weights_file(spec.weights) is None:
         return _local("hf", Path(spec.weights).expanduser(), spec)
     return TowerTokenizer(
         kind="hf",

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from kdscale.core.config import STAGE_WEIGHTS, TowerSpec
 from kdscale.core.storage import Storage
+from kdscale.core.trained import epoch_suffix, trained_by
 from kdscale.core.types import ConfigError, WeightsError, unknown_name
 from kdscale.models.preprocess import copy_tokenizer, eval_crop, normalise, tokenizer
 from kdscale.models.weights import CONFIG_FILE, WEIGHTS_FILE, find_weights, load_weights
@@ -87,8 +88,9 @@ def load_tower(spec: TowerSpec, storage: Storage, seed: int = 0, **options: Any)
     """Builds a pair as `build_clip` does, taking weights that a stage trained from the store."""
     if not spec.weights.startswith(STAGE_WEIGHTS):
         return build_clip(spec, seed=seed, **options)
-    kind, key = spec.weights.removeprefix(STAGE_WEIGHTS).split("/")
-    with storage.local_directory("stages", kind, key, "output", "model") as directory:
+    kind, key, epoch = trained_by(spec.weights)
+    name = f"model{epoch_suffix(epoch)}"
+    with storage.local_directory("stages", kind, key, "output", name) as directory:
         return build_clip(spec.replace(weights=directory), seed=seed, **options)
 
 

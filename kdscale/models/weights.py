@@ -1,13 +1,21 @@
 """Where a tower's weights are, and whether they belong to its architecture.
 
-Three ways in, one way through: an open_clip tag or a hub id resolves to files in the hub's cache,
-a local directory in the hub's layout is used as it lies, and all of them are checked and loaded
-by the same code. `random` means that there is nothing to load.
+Four ways in, one way through: an open_clip tag or a hub id resolves to files in the hub's cache,
+a local directory in the hub's layout is used as it lies, a checkpoint file (an absolute path) has
+nothing beside it that tells its architecture, and all of them are checked and loaded by the same
+code. `random` means that there is nothing to load.
+
+Checkpoint files are what open_clip's trainer and CLIP-KD's write (`state_dict` beside the
+optimizer's state, names with `module.` in front) and bare state dicts, as `.pt` or `.safetensors`;
+nothing but tensors is unpickled. timm 0.9 moved Swin's `downsample` from the end of a stage to the
+beginning of the next one and no longer stores the indices of its windows: older files are read as
+the newer ones. A file does not say which GELU a ViT was trained with: the architecture decides.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +33,7 @@ from open_clip.pretrained import (
 from torch import Tensor, nn
 
 from kdscale.core.config import TowerSpec
+from kdscale.core.keys import weights_file
 from kdscale.core.types import WeightsError
 
 CONFIG_FILE = "open_clip_config.json"
@@ -54,7 +63,7 @@ class WeightsSource:
 
 
 def is_directory_name(weights: str) -> bool:
-    """Tells whether a `weights` value means a local directory rather than a tag."""
+    """Tells whether a `weights` value means something local rather than a tag."""
     return not weights.startswith(HUB_PREFIX) and ("/" in weights or Path(weights).is_dir())
 
 
@@ -85,6 +94,9 @@ def find_weights(spec: TowerSpec, config: dict[str, Any]) -> WeightsSource | Non
         return None
     if spec.weights.startswith(HUB_PREFIX):
         return _from_hub(spec, config)
+    file = weights_file(spec.weights)
+    if file is not None:
+        return WeightsSource(path=str(file), origin=str(file))
     if is_directory_name(spec.weights):
         return _from_directory(Path(spec.weights).expanduser(), config)
     return _from_tag(spec, config)
@@ -93,6 +105,8 @@ def find_weights(spec: TowerSpec, config: dict[str, Any]) -> WeightsSource | Non
 def _from_directory(directory: Path, config: dict[str, Any]) -> WeightsSource:
     """Finds the weights of a local directory in the hub's layout."""
     expected = f"{CONFIG_FILE} and {WEIGHTS_FILE}"
+    if directory.is_file():
+        raise WeightsError(f"{directory} is a file: name it by its absolute path, or by Pretrained")
     if not directory.is_dir():
         raise WeightsError(
             f"weights directory {directory} does not exist; expected {expected} in it"
@@ -229,7 +243,11 @@ def load_weights(model: nn.Module, source: WeightsSource) -> None:
         raise WeightsError(
             f"{source.path} cannot be read: {type(error).__name__}: {error}"
         ) from error
+    if not all(isinstance(value, Tensor) for value in read.values()):
+        found = _some("entries", list(map(str, read)))
+        raise WeightsError(f"{source.path} is no model's checkpoint: its {found} are no tensors")
     own = model.state_dict()
+    read = _as_today(read)
     if "positional_embedding" in read and "positional_embedding" not in own:
         read = convert_to_custom_text_state_dict(read)
     state: dict[str, Tensor] = dict(read)
@@ -239,6 +257,18 @@ def load_weights(model: nn.Module, source: WeightsSource) -> None:
             state[name] = state[name].reshape(own[name].shape)
     _check_tensors(state, own, source.origin)
     model.load_state_dict(state, strict=True)
+
+
+def _as_today(read: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Renames what timm before 0.9 called otherwise in a Swin, and drops its window indices."""
+    stage = re.compile(r"^(visual\.trunk\.layers\.)(\d+)(\.downsample\.)")
+    is_old = any(name.startswith("visual.trunk.layers.0.downsample.") for name in read)
+    indices = ("relative_position_index", "attn_mask")
+    return {
+        stage.sub(lambda m: f"{m[1]}{int(m[2]) + is_old}{m[3]}", name): value
+        for name, value in read.items()
+        if not (name.startswith("visual.trunk.") and name.endswith(indices))
+    }
 
 
 def _check_tensors(state: Mapping[str, Tensor], own: Mapping[str, Tensor], origin: str) -> None:

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdscale.core.answers_config import Answers
+from kdscale.core.checkpoints import Checkpoints
 from kdscale.core.config import EMBED_STAGE, Distill, Embed
 from kdscale.core.eval_config import Cka
 from kdscale.core.keys import content_key
 from kdscale.core.storage import StageStore, Storage
+from kdscale.core.trained import missing_epochs
 from kdscale.core.vlm_config import FEATURES_STAGE, Evaluate, Features, Language, VlmStage
 from kdscale.core.zero_shot_config import Gate
 from kdscale.data.features import FeatureRef, find_features
@@ -59,6 +61,22 @@ class DistillJob(Job):
     zero_shot_data: Manifest | None
     record: dict[str, Any]
     lease: str | None = None
+
+    @property
+    def kept_epochs(self) -> dict[int, int]:
+        """{epoch whose student is kept: the step after which it is}; at most the last step."""
+        per_epoch = self.data.num_samples // self.recipe.global_batch_size
+        return {e: min(e * per_epoch, self.total_steps) for e in self.recipe.keep_epochs}
+
+    def rewind(self) -> None:
+        """Drops the checkpoints from which training would miss a student that is to be kept.
+
+        They are those of an earlier attempt that was not to keep it.
+        """
+        missing = missing_epochs(self.stage, self.recipe.keep_epochs)
+        if missing:
+            first = min(self.kept_epochs[epoch] for epoch in missing)
+            Checkpoints(self.stage, keep=1).forget_from(first)
 
     @property
     def cache(self) -> CacheRef | None:

@@ -6,7 +6,7 @@ import io
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from kdscale.core.checkpoints import Checkpoints
 from kdscale.core.journal import JournalWriter
 from kdscale.core.storage import check_lease
+from kdscale.core.trained import epoch_suffix
 from kdscale.core.types import TrainingDiverged
 from kdscale.data.samples import Batch
 from kdscale.models.towers import save_clip
@@ -104,8 +105,10 @@ class Run:
         for batch in meter.timed(remaining):
             line = self._step(batch) | meter.read(self.job.recipe.global_batch_size)
             step = line["step"]
-            if step % self.execution.checkpoint_every == 0 or step == self.job.total_steps:
-                self._checkpoint(line)
+            kept = [epoch for epoch, end in self.job.kept_epochs.items() if end == step]
+            due = step % self.execution.checkpoint_every == 0 or step == self.job.total_steps
+            if kept or due:
+                self._checkpoint(line, kept)
                 meter.restart()
             elif self.world.is_first:
                 self.journal.append(line)
@@ -127,13 +130,18 @@ class Run:
             )
         return line
 
-    def _checkpoint(self, line: dict[str, Any]) -> None:
-        """Evaluates, writes the journal and then the checkpoint, in this order."""
+    def _checkpoint(self, line: dict[str, Any], kept: Sequence[int]) -> None:
+        """Evaluates, writes students to keep, the journal and then the checkpoint, in this order.
+
+        Resuming from the checkpoint thus finds them; before it, they are written again.
+        """
         if self.evaluator is not None:
             self.scores = self.evaluator.run(self.task.student, self.task.teacher)
             line |= self.scores.metrics
         if self.world.is_first:
             check_lease(self.job.stage, self.job.lease)
+            for epoch in kept:
+                self._write_output(epoch)
             self.journal.append(line)
             self.journal.flush()
             self.checkpoints.save(line["step"], self.task.state(line["step"]))
@@ -150,12 +158,16 @@ class Run:
             self.job.stage.finish(self.job.record | {"seconds": seconds})
         self.world.wait()
 
-    def _write_output(self) -> None:
-        """Writes model, predictions and metrics below `output/`."""
+    def _write_output(self, epoch: int | None = None) -> None:
+        """Writes model, predictions and metrics below `output/`; an early student's metrics last.
+
+        `kdscale.core.trained.missing_epochs` takes them for the sign that all is there.
+        """
         storage, parts = self.job.stage.storage, (*self.job.stage.parts, "output")
+        suffix = epoch_suffix(epoch)
         with tempfile.TemporaryDirectory() as directory:
             save_clip(self.task.student.model, self.task.student.spec, directory)
-            storage.put_directory(directory, *parts, "model")
+            storage.put_directory(directory, *parts, f"model{suffix}")
         if self.scores is not None:
             table = pa.table(
                 {
@@ -166,5 +178,7 @@ class Run:
             )
             buffer = io.BytesIO()
             pq.write_table(table, buffer)
-            storage.write(buffer.getvalue(), *parts, "zero_shot.parquet")
-            storage.write_json(self.scores.metrics, *parts, "metrics.json")
+            storage.write(buffer.getvalue(), *parts, f"zero_shot{suffix}.parquet")
+        if self.scores is not None or epoch is not None:
+            metrics = {} if self.scores is None else self.scores.metrics
+            storage.write_json(metrics, *parts, f"metrics{suffix}.json")

@@ -74,6 +74,8 @@ def fit(jobs: Sequence[TrainJob]) -> None:
     assert run is not None
     for job in jobs:
         job.stage.forget_failure()
+        if isinstance(job, DistillJob):
+            job.rewind()
     failure: Exception | None = None
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", HEALTH_CHECK_INTERVAL_S)
     with tempfile.TemporaryDirectory() as bookkeeping:  # Ray Train's own; nothing reads it

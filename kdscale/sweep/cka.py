@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from kdscale.core.config import STAGE_WEIGHTS, CkaSpec, DataSpec, Distill, Tap, TowerSpec
 from kdscale.core.eval_config import BenchmarkImages, Cka, ImageModelSpec
 from kdscale.core.scale import Scale, benchmark_of
+from kdscale.core.trained import trained_by
 from kdscale.core.vlm_config import Vlm
 from kdscale.sweep.gates import BENCHMARK
 from kdscale.sweep.grid import Trial
@@ -90,5 +91,4 @@ def _model(tower: TowerSpec, finetune: str | None, tap: Tap) -> TowerSpec | Imag
 
 def _stage_of(model: TowerSpec | ImageModelSpec) -> str:
     """Returns the key of the stage that trained a model, empty where none has."""
-    trained = model.weights.startswith(STAGE_WEIGHTS)
-    return model.weights.rpartition("/")[2] if trained else ""
+    return trained_by(model.weights)[1] if model.weights.startswith(STAGE_WEIGHTS) else ""

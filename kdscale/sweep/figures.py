@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from kdscale.core.config import TowerSpec
 from kdscale.sweep.outcomes import DONE, Outcome, TrialRow
 from kdscale.sweep.report import Report, Table
 
@@ -202,11 +203,11 @@ def _interval(
 
 def _teacher_score(look: Look, row: TrialRow) -> float | None:
     """Returns the measured accuracy of a trial's teacher, if a stage trained one."""
-    for key in look.outcome(row).stage.inputs:
-        score = look.report.outcomes[key].score
-        if score is not None:
-            return score.top1
-    return None
+    teacher = look.outcome(row).stage.training.teacher
+    if not isinstance(teacher, TowerSpec):
+        return None
+    found = look.report.outcomes.get(teacher.weights.rpartition("/")[2])
+    return None if found is None or found.score is None else found.score.top1
 
 
 def accuracy_figure(report: Report, sweep: str) -> Figure | None:

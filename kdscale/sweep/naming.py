@@ -72,6 +72,10 @@ def label(value: Any) -> Any:
     """Returns a short, hashable name of a recipe field's value."""
     if value is None or isinstance(value, str | int | float | bool):
         return value
+    if isinstance(value, Distill):  # a teacher that the sweep trains
+        read = () if value.read_epoch is None else ("read_epoch",)
+        told = ("student", "teacher", "loss", *read)
+        return name_of({name: label(getattr(value, name)) for name in told})
     if isinstance(value, dict):
         terms = cast("dict[str, Any]", value)
         if not all(isinstance(weight, int | float) for weight in terms.values()):

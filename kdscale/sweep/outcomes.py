@@ -26,10 +26,12 @@ from kdscale.core.config import Distill, ZeroShotSpec
 from kdscale.core.eval_config import Cka
 from kdscale.core.journal import Line, read_steps
 from kdscale.core.storage import StageStore, Storage
+from kdscale.core.trained import epoch_suffix
 from kdscale.core.types import DataError, StorageError, UnfinishedStage
 from kdscale.core.vlm_config import Evaluate
 from kdscale.core.zero_shot_config import Gate
 from kdscale.eval.answers import load_items
+from kdscale.sweep.kept import is_finished, until
 from kdscale.sweep.plan import Stage
 
 LEVEL = 0.95
@@ -119,6 +121,7 @@ class Outcome:
         answers: One row a question, of an evaluated VLM.
         items: What `kdscale.eval.score` takes, of answers to a benchmark.
         comparison: What `cka.json` says; empty for other stages and where unfinished.
+        epoch: Where it was read; None for the stage's end.
     """
 
     stage: Stage
@@ -132,6 +135,7 @@ class Outcome:
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: float | None = None
     note: str = ""
+    epoch: int | None = None
 
     @property
     def last_step(self) -> int | None:
@@ -214,28 +218,28 @@ class TeacherRow(Row):
     published_top1: float | None = None
 
 
-def read_outcome(stage: Stage, storage: Storage) -> Outcome:
+def read_outcome(stage: Stage, storage: Storage, epoch: int | None = None) -> Outcome:
     """Reads a stage's directory; whether it is finished is looked up anew.
 
     Args:
         stage: A planned stage.
         storage: The stage store.
+        epoch: Where a distillation's student is read, one that it keeps; None for its end.
     """
     store = stage.store(storage)
-    journal = read_steps(store)
-    if not store.is_done():
-        return Outcome(stage=stage, done=False, journal=journal)
+    journal = until(epoch, stage, read_steps(store))
+    if not is_finished(stage, storage):
+        return Outcome(stage=stage, done=False, journal=journal, epoch=epoch)
     classes = _classes_of(stage)
-    predictions, score, note = None, None, "the recipe names no benchmark"
+    predictions, items, score, note = None, None, None, "the recipe names no benchmark"
     if classes is not None:
         try:
-            predictions = read_predictions(store)
+            predictions = read_predictions(store, epoch)
             score, note = score_of(predictions, classes), _oddity(predictions)
         except (DataError, StorageError) as error:
             predictions, note = None, f"no score: {error}"
-    seconds = _json(store, "stage.json").get("seconds")
+    seconds = None if epoch is not None else _json(store, "stage.json").get("seconds")
     answers = read_answers(store) if isinstance(stage.recipe, Evaluate) else None
-    items = None
     if isinstance(stage.recipe, Answers):
         try:
             items, note = load_items(store), ""
@@ -250,9 +254,10 @@ def read_outcome(stage: Stage, storage: Storage) -> Outcome:
         items=items,
         comparison=_json(store, "output", "cka.json") if isinstance(stage.recipe, Cka) else {},
         score=score,
-        metrics=_json(store, "output", "metrics.json"),
+        metrics=_json(store, "output", f"metrics{epoch_suffix(epoch)}.json"),
         seconds=None if seconds is None else float(seconds),
         note=note,
+        epoch=epoch,
     )
 
 
@@ -278,14 +283,14 @@ def _json(store: StageStore, *parts: str) -> dict[str, Any]:
     return store.storage.read_json(*store.parts, *parts)
 
 
-def read_predictions(store: StageStore) -> Predictions:
-    """Reads a finished stage's answers.
+def read_predictions(store: StageStore, epoch: int | None = None) -> Predictions:
+    """Reads a finished stage's answers, at its end or at that of an epoch.
 
     Raises:
         StorageError: If the file is not there.
         DataError: If it is not the table that a stage writes.
     """
-    parts = ("output", "zero_shot.parquet")
+    parts = ("output", f"zero_shot{epoch_suffix(epoch)}.parquet")
     data = store.storage.read(*store.parts, *parts)
     columns = ["key", "label", "prediction"]
     try:

@@ -11,7 +11,6 @@ from typing import Any
 
 from kdscale.core.config import (
     EMBED_STAGE,
-    STAGE_WEIGHTS,
     DataSpec,
     Distill,
     Recipe,
@@ -21,6 +20,7 @@ from kdscale.core.eval_config import BenchmarkImages, Cka
 from kdscale.core.keys import content_key, local_files
 from kdscale.core.scale import Scale, Sizes, data_names, resolve, teacher_of
 from kdscale.core.storage import StageStore, Storage
+from kdscale.core.trained import trained_by, trained_weights
 from kdscale.core.types import NoShards
 from kdscale.core.vlm_config import Evaluate, Language, Vlm
 from kdscale.core.zero_shot_config import Gate
@@ -32,80 +32,17 @@ from kdscale.sweep.check import check_cacheable, check_paths, check_recipe
 from kdscale.sweep.cka import add_cka
 from kdscale.sweep.cost import (
     EFFECTIVE_TFLOPS,
-    Work,
     bytes_out,
     feature_saving,
     flops,
-    gpu_hours,
     saving,
 )
 from kdscale.sweep.gates import add_gate, gate_source
-from kdscale.sweep.grid import Sweep, Trial
+from kdscale.sweep.grid import Sweep
+from kdscale.sweep.kept import keeping, looked_up
+from kdscale.sweep.naming import label
+from kdscale.sweep.stage import PlannedTrial, Stage
 from kdscale.sweep.vlm import add_vlm
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One distinct stage.
-
-    Attributes:
-        name: For people.
-        inputs: Keys of the stages it needs.
-        num_samples: Samples of its data set, None where nothing is known of it.
-        total_steps: Optimizer steps, or shards of an embed stage; likewise.
-        flops: Work, None where a tower's or the data set's size is not known.
-        bytes_out: Size of the output, estimated.
-        estimated: The data are not at hand: all this follows from the samples that the data
-            spec says there are.
-        data_hash: Manifest of the data that the key stands for, None where none was at hand.
-    """
-
-    kind: str
-    key: str
-    name: str
-    recipe: Recipe
-    inputs: tuple[str, ...]
-    num_samples: int | None
-    total_steps: int | None
-    flops: float | None
-    bytes_out: float | None
-    reused: bool
-    estimated: bool = False
-    data_hash: str | None = None
-
-    @property
-    def gpu_hours(self) -> float | None:
-        """Hours on an accelerator that sustains `EFFECTIVE_TFLOPS`."""
-        return None if self.flops is None else gpu_hours(self.flops)
-
-    @property
-    def training(self) -> Distill:
-        """The recipe of a stage that trains."""
-        assert isinstance(self.recipe, Distill)
-        return self.recipe
-
-    @property
-    def work(self) -> Work:
-        """The recipe beside its amount of data."""
-        return Work(recipe=self.recipe, num_samples=self.num_samples, total_steps=self.total_steps)
-
-    def store(self, storage: Storage) -> StageStore:
-        """The stage's directory."""
-        return StageStore(storage, self.kind, self.key)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlannedTrial:
-    """A trial as a path through stages, inputs first.
-
-    Attributes:
-        key: Key of the stage whose outcome is the trial's; only comparisons come after it.
-    """
-
-    sweep: str
-    trial: Trial
-    path: tuple[str, ...]
-    key: str
 
 
 @dataclass
@@ -168,6 +105,7 @@ class Plan:
             "bytes_out": stage.bytes_out,
             "gpu_hours": stage.gpu_hours,
             "estimated": stage.estimated,
+            "note": stage.note,
         }
 
     def _cost(self) -> dict[str, Any]:
@@ -210,14 +148,16 @@ class Planner:
         """
         for trial in sweep.trials(self.overrides):
             path: list[str] = []
+            epoch = None
             if isinstance(trial.recipe, Vlm):
                 tower = add_vlm(self, trial.recipe, trial.name, path)
             else:
                 tower = self.distill(trial.recipe, trial.name, path)
+                epoch = trained_by(tower.weights)[2]
             key = path[-1]
             add_cka(self, trial, tower, path)
             whole = tuple(dict.fromkeys(path))
-            planned = PlannedTrial(sweep=sweep.name, trial=trial, path=whole, key=key)
+            planned = PlannedTrial(sweep=sweep.name, trial=trial, path=whole, key=key, epoch=epoch)
             self.plan.trials.append(planned)
 
     def distill(self, recipe: Distill, name: str, path: list[str]) -> TowerSpec:
@@ -225,13 +165,20 @@ class Planner:
         # Set in the trial already, before a scale shrank the sizes; roles are specs by now.
         own = Distill.model_fields.keys() - {"student", "teacher", "data", "zero_shot"}
         again = {k: v for k, v in self.overrides.items() if k in own}
-        resolved = resolve(recipe, self.plan.scale, again)
-        resolved = resolved.replace(teacher=self.teacher(recipe, path))
+        return self._distill(recipe, name, path, again)
+
+    def _distill(
+        self, recipe: Distill, name: str, path: list[str], overrides: Mapping[str, Any]
+    ) -> TowerSpec:
+        """Adds a distillation with the stages that it needs, and returns its student."""
+        resolved = resolve(recipe, self.plan.scale, overrides)
+        epoch = resolved.read_epoch
+        resolved = resolved.replace(teacher=self.teacher(recipe, path), read_epoch=None)
         add_gate(self, resolved, path)
         resolved = self._cached(resolved, path)
         key = self.add_stage("distill", name, resolved, path)
         assert isinstance(resolved.student, TowerSpec)
-        return resolved.student.replace(weights=f"{STAGE_WEIGHTS}distill/{key}")
+        return resolved.student.replace(weights=trained_weights("distill", key, epoch))
 
     def expect_data(self, *names: str) -> None:
         """Takes a path for a data set of these names, which no stage's `data` field names."""
@@ -242,13 +189,15 @@ class Planner:
         found = teacher_of(recipe, self.plan.scale)
         if not isinstance(found, Distill):
             return found
+        limits = {k: v for k, v in self.overrides.items() if k in ("max_steps", "run")}
+        if found is recipe.teacher:
+            return self._distill(found, label(found), path, limits)
         tower = found.student
         assert isinstance(tower, TowerSpec)
-        limits = {k: v for k, v in self.overrides.items() if k in ("max_steps", "run")}
         own_sizes = self.plan.scale.replace(sizes=Sizes())
         pretrain = resolve(found, own_sizes, limits)
         key = self.add_stage("teacher", tower.name, pretrain, path)
-        return tower.replace(weights=f"{STAGE_WEIGHTS}teacher/{key}")
+        return tower.replace(weights=trained_weights("teacher", key))
 
     def _cached(self, recipe: Distill, path: list[str] | None) -> Distill:
         """Adds the stages that fill a teacher cache, unless there is no path, and names them."""
@@ -300,9 +249,11 @@ class Planner:
         sources = self._sources_of(recipe)
         wanted, data = len(sources), sources[0] if sources else None
         key = self.key_of(kind, recipe)
-        if key not in self.plan.stages:
+        if key in self.plan.stages:
+            self.plan.stages[key] = keeping(self.plan.stages[key], recipe, self.plan.storage)
+        else:
             work = amount(recipe, data)
-            self.plan.stages[key] = Stage(
+            stage = Stage(
                 kind=kind,
                 key=key,
                 name=name,
@@ -312,10 +263,11 @@ class Planner:
                 total_steps=work.total_steps,
                 flops=flops(work),
                 bytes_out=bytes_out(work),
-                reused=StageStore(self.plan.storage, kind, key).is_done(),
+                reused=False,
                 estimated=wanted > 0 and data is None and work.num_samples is not None,
                 data_hash=data.hash if data is not None and data.spec.urls else None,
             )
+            self.plan.stages[key] = looked_up(stage, self.plan.storage)
         path.append(key)
         return key
 

@@ -19,6 +19,7 @@ from kdscale.core.eval_config import Cka
 from kdscale.core.journal import JournalReader, Line, read_steps
 from kdscale.core.storage import Lease, Storage
 from kdscale.core.types import StorageError
+from kdscale.sweep.kept import is_finished
 from kdscale.sweep.naming import label
 from kdscale.sweep.plan import Plan, Stage
 
@@ -140,8 +141,10 @@ def _measured(line: Line) -> str:
 def stage_state(stage: Stage, storage: Storage) -> tuple[str, str]:
     """Returns a stage's state (done, running, failed, interrupted, waiting) and how far it is."""
     store = stage.store(storage)
-    if store.is_done():
+    if is_finished(stage, storage):
         return "done", ""
+    if store.is_done():
+        return "waiting", stage.note
     lines = read_steps(store)
     detail = describe_line(lines[-1], stage.total_steps) if lines else ""
     if Lease.seems_held(store):
@@ -290,4 +293,5 @@ def _stage_label(plan: Plan, stage: Stage) -> str:
     state = "[green]finished[/]" if stage.reused else steps
     shared = plan.shared_by(stage.key)
     note = f", shared by {shared} trials" if shared > 1 else ""
+    note += f", [yellow]{stage.note}[/]" if stage.note else ""
     return f"[cyan]{stage.kind}[/] {stage.name}  [dim]{stage.key}[/]  {state}{note}"

@@ -12,12 +12,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 from kdscale.analysis.stats import Interval
-from kdscale.core.config import Distill, TowerSpec
+from kdscale.core.config import STAGE_WEIGHTS, Distill, TowerSpec
+from kdscale.core.trained import student_key
 from kdscale.core.types import unknown_name
 from kdscale.core.zero_shot_config import Gate
 from kdscale.sweep.cka_outcomes import CkaRow, cka_rows
 from kdscale.sweep.controls import controls_of, is_baseline
 from kdscale.sweep.grid import Sweep
+from kdscale.sweep.kept import early_students
 from kdscale.sweep.naming import label
 from kdscale.sweep.outcomes import (
     DONE,
@@ -32,7 +34,7 @@ from kdscale.sweep.outcomes import (
     mean_interval,
     read_outcome,
 )
-from kdscale.sweep.plan import STAGE_WEIGHTS, Plan, PlannedTrial
+from kdscale.sweep.plan import Plan, PlannedTrial
 from kdscale.sweep.vlm_outcomes import VlmRow, vlm_rows
 
 
@@ -92,7 +94,12 @@ class Report:
     @property
     def num_done(self) -> int:
         """Finished stages."""
-        return sum(outcome.done for outcome in self.outcomes.values())
+        return sum(outcome.done for outcome in self._whole)
+
+    @property
+    def _whole(self) -> list[Outcome]:
+        """The outcomes of stages at their end, one each."""
+        return [outcome for outcome in self.outcomes.values() if outcome.epoch is None]
 
     def of(self, sweep: str) -> list[TrialRow]:
         """Returns one sweep's trials."""
@@ -104,7 +111,7 @@ class Report:
 
     def message(self) -> str:
         """Says how much is finished, and what to run for the rest."""
-        done, total = self.num_done, len(self.outcomes)
+        done, total = self.num_done, len(self._whole)
         if done == total:
             return f"All {total} stages are finished."
         if done == 0:
@@ -132,7 +139,7 @@ class Report:
                 "command": self.command,
                 "level": LEVEL,
                 "stages_done": self.num_done,
-                "stages_total": len(self.outcomes),
+                "stages_total": len(self._whole),
                 "trials": [_row_document(row) for row in self.trials],
                 "teachers": [_row_document(row) for row in self.teachers],
                 "vlms": [row.document() for row in self.vlms],
@@ -191,6 +198,11 @@ def build_report(plan: Plan, sweeps: Sequence[Sweep], *, command: str | None = N
     distilled = [trial for trial in chosen if isinstance(trial.trial.recipe, Distill)]
     keys = dict.fromkeys(key for trial in chosen for key in trial.path)
     outcomes = {key: read_outcome(plan.stages[key], plan.storage) for key in keys}
+    early = early_students(distilled, [plan.stages[key] for key in keys])
+    outcomes |= {
+        student_key(key, epoch): read_outcome(plan.stages[key], plan.storage, epoch)
+        for key, epoch in early
+    }
     warnings = list(dict.fromkeys([*plan.missing, *plan.notes]))
     trials: list[TrialRow] = []
     tables: list[Table] = []
@@ -247,13 +259,13 @@ def _trial_row(
     outcomes: Mapping[str, Outcome],
 ) -> TrialRow:
     """Reports one trial."""
-    outcome = outcomes[planned.key]
+    outcome = outcomes[planned.student]
     difference, notes = None, [outcome.note]
     if not is_baseline(planned, sweep):
         controls = {
             control.trial.name: answers
             for control in controls_of(planned, trials, sweep)
-            if (answers := outcomes[control.key].predictions) is not None
+            if (answers := outcomes[control.student].predictions) is not None
         }
         if controls and outcome.predictions is not None:
             difference = compare(outcome.predictions, controls)
@@ -280,7 +292,7 @@ def _trial_row(
 def _common(outcome: Outcome, notes: Sequence[str]) -> dict[str, Any]:
     """Returns the fields that the rows of trials and teachers share."""
     return {
-        "key": outcome.stage.key,
+        "key": student_key(outcome.stage.key, outcome.epoch),
         "state": DONE if outcome.done else NOT_FINISHED,
         "step": outcome.last_step,
         "total_steps": outcome.stage.total_steps,

@@ -37,6 +37,7 @@ from kdscale.core.types import (
 from kdscale.core.vlm_config import Evaluate, Features
 from kdscale.stages.jobs import AnswersJob
 from kdscale.sweep.grid import Sweep
+from kdscale.sweep.kept import is_finished, reopen_unless_finished
 from kdscale.sweep.orders import group_job, record_of, shard_job
 from kdscale.sweep.plan import Plan, PlannedTrial, Stage
 
@@ -317,7 +318,7 @@ def run_stages(path: Sequence[Stage], storage: Storage) -> None:
         StageFailed: If the workers failed; StageRefused where they would fail again.
     """
     while True:
-        pending = [stage for stage in path if not stage.store(storage).is_done()]
+        pending = [stage for stage in path if not is_finished(stage, storage)]
         if not pending:
             return
         with ExitStack() as leases:
@@ -327,6 +328,7 @@ def run_stages(path: Sequence[Stage], storage: Storage) -> None:
                 if lease is None:
                     break
                 tokens.append(leases.enter_context(lease).token)  # it beats from here on
+                reopen_unless_finished(stage, storage)
             else:
                 _run_in_turn(pending, tokens, storage)
                 continue

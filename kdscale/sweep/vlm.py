@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kdscale.core.config import STAGE_WEIGHTS, Distill, TowerSpec
-from kdscale.core.scale import Scale, known_questions, language_model, lookup, resolve_vlm
+from kdscale.core.config import STAGE_WEIGHTS, Distill, Pretrained, TowerSpec
+from kdscale.core.scale import (
+    Scale,
+    known_questions,
+    language_model,
+    lookup,
+    resolve_vlm,
+    student_tower,
+)
 from kdscale.core.types import unknown_name
 from kdscale.core.vlm_config import (
     FEATURES_STAGE,
@@ -106,12 +113,17 @@ def tower_of(planner: Planner, recipe: Vlm, path: list[str]) -> TowerSpec:
     return tower_named(planner, vision, path)
 
 
-def tower_named(planner: Planner, value: str | TowerSpec, path: list[str]) -> TowerSpec:
+def tower_named(
+    planner: Planner, value: str | TowerSpec | Pretrained, path: list[str]
+) -> TowerSpec:
     """Returns the tower that a role means; adds the stage that trains it where there is one.
 
     Raises:
         UnknownName: If the role is not known.
+        WeightsError: If a student trained elsewhere is not there.
     """
+    if isinstance(value, Pretrained):
+        return student_tower(value, planner.plan.scale)
     if isinstance(value, TowerSpec):
         return value
     known = towers(planner.plan.scale)
