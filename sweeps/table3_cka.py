@@ -9,9 +9,10 @@ benchmarks; over all of them, eleven fall and five rise.
 
 from kdscale import CkaSpec, Distill, Pivot, Sweep, Vlm, choose
 
+teacher = choose("clip_b16", "clip_l14")
 distill = Distill(
     student="vit_t16",
-    teacher=choose("clip_b16", "clip_l14"),
+    teacher=teacher,
     loss="clip_kd",
     mode="paper",
 )
@@ -20,7 +21,7 @@ vlm = Vlm(
     recipe="tinyllava",
     llm="qwen2_0_5b",
     suite="paper16",
-    cka_with=distill.teacher,
+    cka_with=teacher,
     cka=CkaSpec(layers="final"),
 )
 sweep = Sweep(

@@ -13,10 +13,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+from kdscale.core.answers_config import Answers
 from kdscale.core.config import DataSpec
 from kdscale.core.eval_config import Cka
 from kdscale.core.keys import describe
 from kdscale.core.scale import MINI, TRUE_SIZE_CPU, Sizes
+from kdscale.core.vlm_config import Evaluate
 from kdscale.sweep.plan import Plan, PlannedTrial, Stage
 
 SUMMARY = ("walk", "summary.json")
@@ -48,6 +50,7 @@ WALK = TRUE_SIZE_CPU.replace(
         for role, suite in MINI.suites.items()
     },
     sizes=Sizes(batch_divisor=2048),
+    run=TRUE_SIZE_CPU.run.replace(num_workers=0),
 )
 # What may differ between cells without anything else being built.
 SAME_BUILD = frozenset(
@@ -120,11 +123,12 @@ def walk_of(plan: Plan) -> Walk:
     trials: list[PlannedTrial] = []
     cells: list[Cell] = []
     for trial in plan.trials:
-        path = sorted(trial.path, key=lambda key: _is_late(plan.stages[key]))
-        signatures = {key: signature(plan.stages[key]) for key in path}
-        fresh = [key for key, found in signatures.items() if found not in known]
-        for key in fresh:
-            known.setdefault(signatures[key], key)
+        signatures = {key: signature(plan.stages[key], plan.stages) for key in trial.path}
+        fresh: list[str] = []
+        for key in sorted(trial.path, key=lambda key: _is_late(plan.stages[key])):
+            if signatures[key] not in known:
+                known[signatures[key]] = key
+                fresh.append(key)
         needed = _with_inputs(fresh, plan.stages)
         if needed:
             kept = tuple(key for key in trial.path if key in needed)
@@ -136,9 +140,15 @@ def walk_of(plan: Plan) -> Walk:
     return Walk(plan=replace(plan, trials=trials, stages=stages), cells=tuple(cells))
 
 
-def signature(stage: Stage) -> str:
-    """Names what a stage builds: its kind and recipe without what changes numbers alone."""
-    text = json.dumps([stage.kind, _pruned(describe(stage.recipe, {}))], sort_keys=True)
+def signature(stage: Stage, stages: Mapping[str, Stage]) -> str:
+    """Names what a stage builds: its kind and recipe without what changes numbers alone.
+
+    A model that is asked is built like the stage that trains it.
+    """
+    built = [stage.kind, _pruned(describe(stage.recipe, {}))]
+    if isinstance(stage.recipe, Answers | Evaluate):
+        built.append(signature(stages[stage.inputs[-1]], stages))
+    text = json.dumps(built, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
