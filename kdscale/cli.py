@@ -28,6 +28,7 @@ from kdscale.core.vlm_config import VLM_STAGES
 from kdscale.sweep.grid import Sweep
 from kdscale.sweep.plan import Plan, make_plan
 from kdscale.sweep.tracking import redacted
+from kdscale.sweep.walk import WALK, walk_of
 from kdscale.terminal import AsJson, StorageRoot, console, guarded
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
@@ -62,6 +63,7 @@ class Request:
     tracking_uri: str | None
     as_json: bool
     command: str
+    scale_is_given: bool = False
 
     def plan(self) -> Plan:
         """Plans the sweeps as one union of stages."""
@@ -190,6 +192,7 @@ def sweep_command(action: Callable[[Request], None]) -> Callable[..., None]:
                 tracking_uri=tracking_uri,
                 as_json=as_json,
                 command=_run_command(),
+                scale_is_given=scale is not None,
             )
             action(request)
 
@@ -250,7 +253,24 @@ def show_status(request: Request) -> None:
     print_status(request.plan(), console)
 
 
+def walk_sweeps(request: Request) -> None:
+    """Walk every cell at true size with random weights: one step of each stage, one question.
+
+    With --json nothing is run: it tells which build covers which cell, and what is walked already.
+    """
+    from kdscale.sweep.walk_run import run_walk
+
+    scale = request.scale if request.scale_is_given else WALK
+    overrides = {"max_steps": 1} | request.overrides
+    walk = walk_of(make_plan(request.sweeps, request.storage, scale, overrides))
+    if request.as_json:
+        print(json.dumps(walk.document(), indent=2))
+    else:
+        run_walk(walk, console)
+
+
 app.command("run")(sweep_command(run_sweep))
+app.command("walk")(sweep_command(walk_sweeps))
 app.command("plan")(sweep_command(show_plan))
 app.command("report")(sweep_command(show_report))
 app.command("status")(sweep_command(show_status))

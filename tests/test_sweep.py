@@ -242,6 +242,7 @@ def test_trials_side_by_side_share_the_cores(tmp_path: Path) -> None:
     assert threads(0, 4, 1) == 4
     assert threads(0, 4, 3) == 2
     assert threads(0, None, 16) == 1
+    assert threads(0, None, 2) == 4
     assert threads(2, None, 16) is None  # workers of a group have cores of their own
 
 

@@ -165,7 +165,7 @@ def concurrent_trials(
 
 
 def sharing_cores(plan: Plan, concurrency: int, cores: int) -> Plan:
-    """Returns a plan whose stages take no more threads than their share of this machine.
+    """Returns a plan whose stages take their share of this machine's cores as threads, at most.
 
     Trials that train in their own processes run side by side on it, and threads that wait for a
     core hold up all others of their process: two trials of two threads on two cores were four
@@ -180,8 +180,9 @@ def sharing_cores(plan: Plan, concurrency: int, cores: int) -> Plan:
     stages: dict[str, Stage] = {}
     for key, stage in plan.stages.items():
         run = stage.recipe.run
-        if run is not None and run.num_workers == 0 and (run.threads_per_worker or cores) > share:
-            limited = stage.recipe.replace(run=run.replace(threads_per_worker=share))
+        if run is not None and run.num_workers == 0:
+            threads = min(share, run.threads_per_worker or share)
+            limited = stage.recipe.replace(run=run.replace(threads_per_worker=threads))
             stage = replace(stage, recipe=limited)
         stages[key] = stage
     return replace(plan, stages=stages)
