@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,6 +50,8 @@ Gates = Annotated[
     bool, typer.Option("--gates/--no-gates", help="Check pretrained teachers on ImageNet first.")
 ]
 Seeds = Annotated[str | None, typer.Option("--seeds", help="Instead of the sweep's: 0,1,2.")]
+Paper = Annotated[bool, typer.Option("--paper", help="Beside the numbers of arXiv 2511.17886.")]
+Out = Annotated[Path | None, typer.Option("--out", help="With --paper: folder for its files.")]
 MaxSteps = Annotated[int | None, typer.Option("--max-steps", help="Stop every stage there.", min=1)]
 
 
@@ -246,6 +249,47 @@ def show_report(request: Request) -> None:
         print_report(report, console)
 
 
+def report(
+    files: Files,
+    scale: ScaleName = None,
+    storage: StorageRoot = "runs",
+    tracking_uri: Uri = None,
+    settings: Settings = None,
+    data: Data = None,
+    random_weights: RandomWeights = False,
+    max_steps: MaxSteps = None,
+    gates: Gates = True,
+    seeds: Seeds = None,
+    as_json: AsJson = False,
+    paper: Paper = False,
+    out: Out = None,
+) -> None:
+    """Show what came out: the table with intervals; with --out, files as well."""
+    options = (storage, tracking_uri, settings, data, random_weights, max_steps, gates)
+    with guarded():
+        if out is not None and not paper:
+            raise ConfigError("--out is the folder of what --paper writes: give both")
+    action = partial(show_paper, out=out) if paper else show_report
+    sweep_command(action)(files, scale, *options, seeds, as_json)
+
+
+def show_paper(request: Request, out: Path | None) -> None:
+    """Show what came out beside the paper's numbers, and write it to a folder."""
+    from kdscale.sweep.paper_report import print_beside, write_paper
+    from kdscale.sweep.render import print_report
+    from kdscale.sweep.report import build_report
+
+    plan, target = request.plan(), Console(stderr=request.as_json)
+    found = build_report(plan, request.sweeps, command=request.command)
+    print_report(found, target)
+    every = print_beside(found, plan, target)
+    if request.as_json:
+        beside = [one.document() for one in every]
+        print(json.dumps(found.document() | {"paper": beside}, indent=2))
+    for path in write_paper(found, plan, every, out) if out else ():
+        print(path, file=sys.stderr if request.as_json else sys.stdout)
+
+
 def show_status(request: Request) -> None:
     """Show every stage: done, running or waiting, and how far it is."""
     from kdscale.sweep.progress import print_status
@@ -272,7 +316,7 @@ def walk_sweeps(request: Request) -> None:
 app.command("run")(sweep_command(run_sweep))
 app.command("walk")(sweep_command(walk_sweeps))
 app.command("plan")(sweep_command(show_plan))
-app.command("report")(sweep_command(show_report))
+app.command("report")(report)
 app.command("status")(sweep_command(show_status))
 app.command("export")(export)
 app.command("evaluate")(evaluate)

@@ -258,6 +258,27 @@ def difference(
     return totals.summarise([a.minus(b) for a, b in zip(*parts, strict=True)])
 
 
+def influences(
+    benchmark: str, items: Iterable[Mapping[str, Any]], mode: Mode = "paper"
+) -> dict[tuple[str, tuple[str, str]], float]:
+    """Computes what each cluster of questions contributes to the error of a benchmark's score.
+
+    The squares add up to the score's variance; those of the difference of two models' influences
+    to the variance of their paired difference.
+
+    Args:
+        benchmark: As of `score`.
+        items: As of `score`.
+        mode: As of `score`.
+
+    Raises:
+        UnknownName, ConfigError, BadItem, NothingToScore: As `score`.
+    """
+    how, given = _judged(benchmark, items, mode)
+    ordered = sorted(given, key=lambda item: item.number)
+    return totals.influences(how.parts(ordered, [how.rule(item).score for item in ordered]))
+
+
 def _judged(
     benchmark: str, items: Iterable[Mapping[str, Any]], mode: Mode
 ) -> tuple[_Mode, list[Item]]:

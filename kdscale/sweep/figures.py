@@ -105,23 +105,23 @@ class Look:
     def legend(self, marker: str = "") -> list[Line2D]:
         """Returns legend entries for rows, controls and dashes; only rows where dots are drawn."""
         entries = [
-            _entry(name, COLOURS[i % len(COLOURS)], "solid", marker)
+            legend_entry(name, COLOURS[i % len(COLOURS)], "solid", marker)
             for i, name in enumerate(self.row_names)
         ]
         controls = [row for row in self.trials if row not in self.compared]
         if controls:
             own = self.colour(controls[0]) == INK
             dash, colour = self.dash(controls[0]), INK if own else MUTED
-            entries.append(_entry("control", colour, dash, "s" if marker else ""))
+            entries.append(legend_entry("control", colour, dash, "s" if marker else ""))
         rests = self.rests()
         if len(rests) > 1 and not marker:
             entries += [
-                _entry(rest, MUTED, DASHES[i % len(DASHES)]) for i, rest in enumerate(rests)
+                legend_entry(rest, MUTED, DASHES[i % len(DASHES)]) for i, rest in enumerate(rests)
             ]
         return entries
 
 
-def _entry(name: str, colour: str, dash: Any, marker: str = "") -> Line2D:
+def legend_entry(name: str, colour: str, dash: Any, marker: str = "") -> Line2D:
     """Returns a legend entry."""
     return Line2D([], [], color=colour, linestyle=dash, marker=marker, label=name, linewidth=1.7)
 
@@ -136,10 +136,10 @@ def scores_figure(report: Report, sweep: str) -> Figure | None:
     if not any(row.score for row in look.trials):
         return None
     compared = any(row.difference for row in look.trials)
-    figure = _figure(0.3 * len(look.trials) + 1.5)
+    figure = new_figure(0.3 * len(look.trials) + 1.5)
     grid: Any = figure.subplots(1, 2 if compared else 1, sharey=True, squeeze=False)
     left = grid[0][0]
-    _style(left, "zero-shot top-1, %, with 95 % interval")
+    quiet(left, "zero-shot top-1, %, with 95 % interval")
     for place, row in enumerate(look.trials):
         _score_line(left, place, row, look)
     for chance in {row.score.chance for row in look.trials if row.score}:
@@ -151,16 +151,16 @@ def scores_figure(report: Report, sweep: str) -> Figure | None:
     left.set_ylim(len(names) - 0.4, -0.6)
     if compared:
         right = grid[0][1]
-        _style(right, "difference to the control, points, with 95 % interval")
+        quiet(right, "difference to the control, points, with 95 % interval")
         right.axvline(0.0, color=INK, linewidth=1.0)
         for place, row in enumerate(look.trials):
             if row.difference is not None:
                 _interval(right, place, row.difference.points, row.difference.interval, look, row)
         right.tick_params(axis="y", length=0, labelleft=False)
-    extra = [_entry("chance", MUTED, FAINT_DASH)]
+    extra = [legend_entry("chance", MUTED, FAINT_DASH)]
     if any(_teacher_score(look, row) is not None for row in look.trials):
         extra.append(_hollow("the trial's teacher"))
-    _legend(figure, look.legend("o") + extra)
+    put_legend(figure, look.legend("o") + extra)
     return figure
 
 
@@ -231,7 +231,10 @@ def accuracy_figure(report: Report, sweep: str) -> Figure | None:
                 axes.axhline(row.score.chance, color=MUTED, linestyle=FAINT_DASH, linewidth=1.0)
         return drawn
 
-    extra = [_entry("teacher", MUTED, TEACHER_DASH), _entry("chance", MUTED, FAINT_DASH)]
+    extra = [
+        legend_entry("teacher", MUTED, TEACHER_DASH),
+        legend_entry("chance", MUTED, FAINT_DASH),
+    ]
     return _panels(look, draw, "zero-shot top-1, %", look.legend() + extra, sharey=True)
 
 
@@ -266,7 +269,7 @@ def cka_figure(report: Report, sweep: str) -> Figure | None:
         return sum(_curve(axes, look, row, "cka_debiased", marker="o") for row in rows)
 
     entries = [entry for entry in look.legend() if entry.get_label() != "control"]
-    extra = [_entry("biased estimate", MUTED, FAINT_DASH)]
+    extra = [legend_entry("biased estimate", MUTED, FAINT_DASH)]
     return _panels(look, draw, "CKA with the teacher", entries + extra, sharey=True)
 
 
@@ -285,7 +288,7 @@ def _panels(
         return None
     num_columns = 2 if len(names) == 4 else min(3, len(names))
     num_rows = math.ceil(len(names) / num_columns)
-    figure = _figure(2.5 * num_rows + 0.8)
+    figure = new_figure(2.5 * num_rows + 0.8)
     grid: Any = figure.subplots(
         num_rows, num_columns, sharex=True, sharey=sharey or "none", squeeze=False
     )
@@ -294,13 +297,13 @@ def _panels(
         if index >= len(names):
             axes.remove()
             continue
-        _style(axes, "optimizer steps" if index + num_columns >= len(names) else "")
+        quiet(axes, "optimizer steps" if index + num_columns >= len(names) else "")
         axes.tick_params(labelbottom=index + num_columns >= len(names))
         drawn += draw(axes, names[index])
         axes.set_title(f"{look.table.columns}: {names[index]}", fontsize=9.5, color=INK)
         if index % num_columns == 0:
             axes.set_ylabel(ylabel, color=INK, fontsize=9)
-    _legend(figure, legend)
+    put_legend(figure, legend)
     return figure if drawn else None
 
 
@@ -351,14 +354,14 @@ def to_svg(figure: Any, name: str) -> str:
     return text
 
 
-def _figure(height: float) -> Figure:
+def new_figure(height: float) -> Figure:
     """Returns an empty figure of the page's width."""
     figure = Figure(figsize=(WIDTH_IN, height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _style(axes: Any, xlabel: str) -> None:
+def quiet(axes: Any, xlabel: str) -> None:
     """Makes axes quiet: two spines, a light grid, few ticks."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(LINE)
@@ -370,7 +373,7 @@ def _style(axes: Any, xlabel: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(5))
 
 
-def _legend(figure: Any, entries: Iterable[Line2D]) -> None:
+def put_legend(figure: Any, entries: Iterable[Line2D]) -> None:
     """Puts a legend below the panels."""
     shown = list(entries)
     columns = min(6, len(shown))

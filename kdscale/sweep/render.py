@@ -79,20 +79,20 @@ def print_report(report: Report, console: Console) -> None:
     if not any(outcome.done or outcome.journal for outcome in report.outcomes.values()):
         return
     if report.teachers:
-        _print_grid(teacher_grid(report.teachers), console)
+        print_grid(teacher_grid(report.teachers), console)
     for table in report.tables:
         rows = report.of(table.sweep)
         console.print()
         console.rule(Text(table.sweep, style="bold"))
-        _print_grid(pivot_grid(table, rows), console)
-        _print_grid(trial_grid(rows), console)
+        print_grid(pivot_grid(table, rows), console)
+        print_grid(trial_grid(rows), console)
         console.print(Text(report.verdict(table.sweep)))
         for row in report.vlms:
             if row.sweep == table.sweep:
                 for grid in _vlm_grids(row):
-                    _print_grid(grid, console)
+                    print_grid(grid, console)
         for grid in cka_grids(report.compared(table.sweep)):
-            _print_grid(grid, console)
+            print_grid(grid, console)
     console.print(Text("\n".join(("", *HOW_TO_READ)), style="dim"))
 
 
@@ -102,7 +102,7 @@ def _vlm_grids(row: VlmRow) -> list[Grid]:
     return [*questions, *([benchmark_grid(row)] if row.benchmarks else [])]
 
 
-def _print_grid(grid: Grid, console: Console) -> None:
+def print_grid(grid: Grid, console: Console) -> None:
     """Prints one table and its notes; breaks cells and leaves columns out only where it must."""
     broken = _map_texts(grid, _broken)
     shown = [column for column in grid.columns if column not in OPTIONAL]
@@ -157,28 +157,30 @@ def _broken(text: str) -> str:
     return text
 
 
-def write_html(report: Report, plan: Plan, path: str | Path) -> None:
+def write_html(report: Report, plan: Plan, path: str | Path, more: str = "") -> None:
     """Writes the report as one HTML page without external resources.
 
     Args:
         report: What to write.
         plan: The plan that it was made of; its storage holds the sample images.
         path: Local file; its directory is made where it is absent.
+        more: Sections behind those of the sweeps.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(html_page(report, plan.storage), encoding="utf-8")
+    target.write_text(html_page(report, plan.storage, more), encoding="utf-8")
 
 
-def html_page(report: Report, storage: Storage) -> str:
+def html_page(report: Report, storage: Storage, more: str = "") -> str:
     """Returns the report as one HTML page.
 
     Args:
         report: What to write.
         storage: Where the sample images are found.
+        more: Sections behind those of the sweeps.
     """
     title = "Report: " + ", ".join(table.sweep for table in report.tables)
-    teachers = _html_grid(teacher_grid(report.teachers)) if report.teachers else ""
+    teachers = html_grid(teacher_grid(report.teachers)) if report.teachers else ""
     sections = "".join(_section(report, table, storage) for table in report.tables)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -187,7 +189,7 @@ def html_page(report: Report, storage: Storage) -> str:
         f"<header><h1>{escape(title)}</h1><p><strong>{escape(report.message())}</strong></p>"
         f'<p class="muted">Scale {escape(report.scale)}, storage {escape(report.storage)}</p>'
         f"{_html_list(report.warnings, 'warnings')}</header>"
-        f"{sections}<section>{teachers}</section>"
+        f"{sections}<section>{teachers}</section>{more}"
         f"<footer><h3>How to read this</h3>{_html_list(HOW_TO_READ)}</footer>"
         "</main></body></html>\n"
     )
@@ -201,10 +203,10 @@ def _section(report: Report, table: Table, storage: Storage) -> str:
     figures.append(_html_figure(SHEET, sweep, partial(sheet_figure, report, sweep, storage)))
     grids = [grid for row in report.vlms if row.sweep == sweep for grid in _vlm_grids(row)]
     grids += cka_grids(report.compared(sweep))
-    vlms = "".join(map(_html_grid, grids))
+    vlms = "".join(map(html_grid, grids))
     return (
         f"<section><h2>{escape(sweep)}</h2><p>{escape(report.verdict(sweep))}</p>"
-        f"{_html_grid(pivot_grid(table, rows))}{figures[0]}{_html_grid(trial_grid(rows))}"
+        f"{html_grid(pivot_grid(table, rows))}{figures[0]}{html_grid(trial_grid(rows))}"
         f"{''.join(figures[1:])}{vlms}</section>"
     )
 
@@ -289,7 +291,7 @@ def _html_list(items: Sequence[str], tone: str = "") -> str:
     return f'<ul class="{tone}">{lines}</ul>' if items else ""
 
 
-def _html_grid(grid: Grid) -> str:
+def html_grid(grid: Grid) -> str:
     """Returns a table that scrolls where it is too wide."""
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in grid.columns)
     rows = "".join(
@@ -323,7 +325,7 @@ p{margin:4px 0;max-width:80ch}
 .warnings{color:var(--bad);font-size:.9rem;padding-left:1.2em}
 .wide{overflow-x:auto}
 table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums}
-th,td{padding:5px 12px 5px 0;text-align:right;white-space:nowrap;vertical-align:top;
+th,td{padding:5px 12px 5px 0;text-align:right;white-space:pre;vertical-align:top;
 border-bottom:1px solid var(--line)}
 th:first-child{text-align:left;padding-right:20px}
 thead th{color:var(--muted);font-weight:600;vertical-align:bottom}

@@ -164,16 +164,42 @@ def summarise(parts: Sequence[Part]) -> Summary:
     return Summary(total(parts), num_groups, (float(low), float(high)))
 
 
-def _categories(
+def influences(parts: Sequence[Part]) -> dict[tuple[str, tuple[str, str]], float]:
+    """Computes how far each cluster moves the total from what it would be without its deviation.
+
+    Their squares add up to the total's variance over the choice of clusters, to first order.
+
+    Returns:
+        {(category, cluster): influence}, in the unit of the total.
+    """
+    found: dict[tuple[str, tuple[str, str]], float] = {}
+    for category, clusters in _sums(parts).items():
+        sums_G2K = np.stack([*clusters.values()])
+        points_GK, units_GK = sums_G2K[:, 0], sums_G2K[:, 1]
+        units_K = units_GK.sum(axis=0)
+        rates_K = points_GK.sum(axis=0) / units_K
+        moved_G = PERCENT * ((points_GK - rates_K * units_GK) / units_K).sum(axis=1)
+        found |= {(category, c): m for c, m in zip(clusters, moved_G.tolist(), strict=True)}
+    return found
+
+
+def _sums(
     parts: Sequence[Part],
-) -> list[tuple[str, npt.NDArray[np.float64], npt.NDArray[np.float64]]]:
-    """Sums points (G, K) and units (G, K) per cluster, for each category."""
+) -> dict[str, dict[tuple[str, str], npt.NDArray[np.float64]]]:
+    """Sums points and units (2, K) per cluster, for each category."""
     sums: dict[str, dict[tuple[str, str], npt.NDArray[np.float64]]] = {}
     for part in parts:
         clusters = sums.setdefault(part.category, {})
         row = np.array((part.points, part.units))
         clusters[part.cluster] = clusters.get(part.cluster, 0.0) + row
-    stacked = {name: np.stack([*clusters.values()]) for name, clusters in sums.items()}
+    return sums
+
+
+def _categories(
+    parts: Sequence[Part],
+) -> list[tuple[str, npt.NDArray[np.float64], npt.NDArray[np.float64]]]:
+    """Sums points (G, K) and units (G, K) per cluster, for each category."""
+    stacked = {name: np.stack([*clusters.values()]) for name, clusters in _sums(parts).items()}
     return [(name, sums_G2K[:, 0], sums_G2K[:, 1]) for name, sums_G2K in stacked.items()]
 
 

@@ -1,0 +1,263 @@
+"""The rule that judges a claim: differences over seeds and questions, Holm's correction.
+
+docs/claims.md states it in words. Nothing here knows where numbers come from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, variance
+from typing import Any, Literal, cast
+
+from scipy import stats  # pyright: ignore[reportMissingTypeStubs]
+
+from kdscale.sweep.places import Estimate, Numbers, Terms, combined
+
+ALPHA, POWER, LEVEL = 0.05, 0.8, 0.95
+Need = Literal["all", "any"]
+SUPPORTED, NOT_SUPPORTED = "supported", "not supported"
+UNDECIDED, NOT_RUN = "undecided at this n", "not run"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A statement about one weighted sum of numbers: it is more than `least`.
+
+    Attributes:
+        name: For people.
+        terms: The sum, mostly a difference of two.
+        least: 0 says that there is a difference; a negative number that a loss is at most so
+            large.
+    """
+
+    name: str
+    terms: Terms
+    least: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """What the paper says, as comparisons.
+
+    Attributes:
+        name: Short, for files.
+        text: The claim.
+        source: Where the paper says or prints it.
+        need: Whether all comparisons have to hold or any of them.
+    """
+
+    name: str
+    text: str
+    source: str
+    comparisons: tuple[Comparison, ...]
+    need: Need = "all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrast:
+    """A weighted sum of measured numbers.
+
+    Attributes:
+        standard_error: None where nothing is known of the spread.
+        dof: Degrees of freedom of the standard error.
+        seeds: That the sum was computed for.
+    """
+
+    value: float
+    standard_error: float | None
+    dof: float
+    seeds: int
+
+    def half_width(self, level: float = LEVEL) -> float:
+        """Returns half of the interval's width; NaN without an error."""
+        if self.standard_error is None:
+            return math.nan
+        return self.standard_error * _quantile((1 + level) / 2, self.dof)
+
+
+def contrast(terms: Terms, numbers: Numbers) -> Contrast | None:
+    """Computes a weighted sum with its error over questions and, from two seeds on, over seeds.
+
+    Seeds that all places have are paired. Where they share none, each place's mean counts as one
+    run. Questions are paired where all answers are at hand.
+
+    Args:
+        terms: (weight, place) each.
+        numbers: The runs of every place.
+
+    Returns:
+        None where a place has no run.
+    """
+    runs = [numbers.get(place, ()) for _, place in terms]
+    if not all(runs):
+        return None
+    weights = [weight for weight, _ in terms]
+    shared = {run.seed for run in runs[0]}
+    for place in runs[1:]:
+        shared &= {run.seed for run in place}
+    used = [[run for run in place if run.seed in shared] if shared else [*place] for place in runs]
+    value = sum(w * fmean(run.value for run in u) for w, u in zip(weights, used, strict=True))
+    over_questions = _over_questions(weights, used)
+    seeds = max(1, len(shared))
+    if seeds == 1:
+        error = None if over_questions is None else math.sqrt(over_questions)
+        return Contrast(value=value, standard_error=error, dof=math.inf, seeds=1)
+    sums = [_sum_of(weights, used, seed) for seed in shared]
+    over_seeds = variance(sums) / seeds
+    total = over_seeds + (over_questions or 0.0)
+    # Welch and Satterthwaite: the error over questions counts as known.
+    dof = math.inf if over_seeds == 0 else (seeds - 1) * (total / over_seeds) ** 2
+    error = math.sqrt(total) if total > 0 else None
+    return Contrast(value=value, standard_error=error, dof=dof, seeds=seeds)
+
+
+def _sum_of(weights: Sequence[float], runs: Sequence[Sequence[Estimate]], seed: int) -> float:
+    """Returns the weighted sum of one seed's numbers."""
+    values = (next(r.value for r in place if r.seed == seed) for place in runs)
+    return sum(w * value for w, value in zip(weights, values, strict=True))
+
+
+def _over_questions(weights: Sequence[float], runs: Sequence[Sequence[Estimate]]) -> float | None:
+    """Returns the variance over the choice of questions, paired where answers are at hand."""
+    if all(run.influence is not None for place in runs for run in place):
+        parts = [
+            (w / len(place), run.influence)
+            for w, place in zip(weights, runs, strict=True)
+            for run in place
+            if run.influence is not None
+        ]
+        paired = combined(parts).variance
+        if paired > 0:
+            return paired
+    total = 0.0
+    for w, place in zip(weights, runs, strict=True):
+        errors = [run.error for run in place if run.error is not None]
+        if len(errors) < len(place):
+            return None
+        # Every seed answers the same questions: their errors do not average out.
+        total += w * w * fmean(error * error for error in errors)
+    return total or None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """A comparison with what was found.
+
+    Attributes:
+        p: Two-sided, adjusted by Holm over the claim's comparisons; None where it has no error.
+        outcome: `holds`, `contradicted`, `undecided`, `no interval` or `not run`.
+        detectable: Smallest difference that would be found with a power of 0.8 at this n.
+    """
+
+    comparison: Comparison
+    found: Contrast | None
+    p: float | None
+    outcome: str
+    detectable: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """A claim and what was found about it."""
+
+    claim: Claim
+    verdict: str
+    judged: tuple[Judged, ...]
+
+    def count(self, outcome: str) -> int:
+        """Returns how many comparisons came out so."""
+        return sum(one.outcome == outcome for one in self.judged)
+
+    @property
+    def seeds(self) -> int:
+        """Fewest seeds of a comparison that was made, 0 where none was."""
+        return min((one.found.seeds for one in self.judged if one.found), default=0)
+
+    @property
+    def detectable(self) -> float | None:
+        """Smallest difference that every comparison would find."""
+        return max((one.detectable for one in self.judged if one.detectable), default=None)
+
+
+def judge(claim: Claim, numbers: Numbers) -> Verdict:
+    """Judges a claim on numbers.
+
+    Args:
+        claim: What is said.
+        numbers: The runs of every place.
+    """
+    found = [contrast(comparison.terms, numbers) for comparison in claim.comparisons]
+    raw = [_p_value(c, f) for c, f in zip(claim.comparisons, found, strict=True)]
+    count = sum(p is not None for p in raw)
+    judged = tuple(
+        Judged(
+            comparison=comparison,
+            found=one,
+            p=p,
+            outcome=_outcome(comparison, one, p),
+            detectable=_detectable(one, count),
+        )
+        for comparison, one, p in zip(claim.comparisons, found, holm(raw), strict=True)
+    )
+    outcomes = [one.outcome for one in judged]
+    return Verdict(claim=claim, verdict=_verdict(outcomes, claim.need), judged=judged)
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Adjusts p-values by Holm's step-down procedure; None stays None and does not count.
+
+    Source: Holm 1979, "A Simple Sequentially Rejective Multiple Test Procedure".
+    """
+    known = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
+    adjusted: list[float | None] = [None] * len(p_values)
+    largest = 0.0
+    for rank, (p, place) in enumerate(known):
+        largest = max(largest, min(1.0, (len(known) - rank) * p))
+        adjusted[place] = largest
+    return adjusted
+
+
+def _p_value(comparison: Comparison, found: Contrast | None) -> float | None:
+    """Returns the two-sided p-value of a comparison, None without an error."""
+    if found is None or found.standard_error is None:
+        return None
+    distance = abs(found.value - comparison.least) / found.standard_error
+    return float(2 * cast(Any, stats).t.sf(distance, found.dof))
+
+
+def _outcome(comparison: Comparison, found: Contrast | None, p: float | None) -> str:
+    """Names what a comparison has shown."""
+    if found is None:
+        return NOT_RUN
+    if p is None:
+        return "no interval"
+    if p >= ALPHA:
+        return "undecided"
+    return "holds" if found.value > comparison.least else "contradicted"
+
+
+def _verdict(outcomes: Sequence[str], need: Need) -> str:
+    """Puts the outcomes of a claim's comparisons together."""
+    if all(outcome == NOT_RUN for outcome in outcomes):
+        return NOT_RUN
+    decisive, opposite = ("contradicted", "holds") if need == "all" else ("holds", "contradicted")
+    if decisive in outcomes:
+        return NOT_SUPPORTED if need == "all" else SUPPORTED
+    if all(outcome == opposite for outcome in outcomes):
+        return SUPPORTED if need == "all" else NOT_SUPPORTED
+    return UNDECIDED
+
+
+def _detectable(found: Contrast | None, count: int) -> float | None:
+    """Returns the difference found with `POWER` at Holm's strictest step of `count`."""
+    if found is None or found.standard_error is None:
+        return None
+    strictest = _quantile(1 - ALPHA / (2 * count), found.dof)
+    return found.standard_error * (strictest + _quantile(POWER, found.dof))
+
+
+def _quantile(share: float, dof: float) -> float:
+    """Returns a quantile of Student's t."""
+    return float(cast(Any, stats).t.ppf(share, dof))

@@ -1,0 +1,141 @@
+"""The rule that judges claims, on numbers made by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from kdscale.eval.scoring.totals import Part, influences, summarise
+from kdscale.sweep.places import Estimate, Influence, Place, combined, mean_influence, student
+from kdscale.sweep.verdicts import Claim, Comparison, contrast, holm, judge
+
+A, B, C = (student("imagenet", name) for name in ("CLIP-ViT-B", "CLIP-ViT-L", "SigLIP-so400m"))
+
+
+def estimates(*values: float, error: float | None = 0.2) -> list[Estimate]:
+    """One number a seed."""
+    return [Estimate(value=v, seed=seed, standard_error=error) for seed, v in enumerate(values)]
+
+
+def claim(*pairs: tuple[Place, Place], need: str = "all", least: float = 0.0) -> Claim:
+    """A claim that each first place is above its second."""
+    comparisons = tuple(
+        Comparison(name="", terms=((1.0, first), (-1.0, second)), least=least)
+        for first, second in pairs
+    )
+    return Claim(name="", text="", source="", comparisons=comparisons, need=need)  # type: ignore[arg-type]
+
+
+def test_a_claim_holds_fails_or_stays_open() -> None:
+    said = claim((A, B), (A, C))
+    clear = {A: estimates(36.0, 36.2, 36.1), B: estimates(34.0, 34.1, 34.2)}
+    low, near = estimates(33.0, 33.1, 33.0), estimates(35.9, 36.3, 36.1)
+    assert judge(said, clear | {C: low}).verdict == "supported"
+    assert judge(said, clear | {C: near}).verdict == "undecided at this n"
+    assert judge(said, clear | {C: estimates(39.0, 39.1, 39.3)}).verdict == "not supported"
+    part = judge(said, clear)
+    assert (part.verdict, part.count("not run")) == ("undecided at this n", 1)
+    assert judge(said, {A: clear[A]}).verdict == "not run"
+
+
+def test_one_of_several_is_enough_where_the_claim_says_so() -> None:
+    said = claim((A, B), (A, C), need="any")
+    high, low = estimates(36.0, 36.1), estimates(30.0, 30.2)
+    assert judge(said, {A: high, B: low, C: high}).verdict == "supported"
+    assert judge(said, {A: low, B: high, C: high}).verdict == "not supported"
+    assert judge(said, {A: low, B: high, C: low}).verdict == "undecided at this n"
+
+
+def test_no_worse_than_takes_a_margin() -> None:
+    alike = {A: estimates(30.0, 30.1, 30.1), B: estimates(30.0, 30.1, 30.0)}
+    assert judge(claim((A, B)), alike).verdict == "undecided at this n"
+    assert judge(claim((A, B), least=-1.0), alike).verdict == "supported"
+    assert judge(claim((A, B), least=1.0), alike).verdict == "not supported"
+
+
+def test_seeds_that_scatter_leave_a_claim_open() -> None:
+    said = claim((A, B))
+    calm = {A: estimates(36.0, 36.1, 35.9), B: estimates(35.0, 35.1, 35.0)}
+    wild = {A: estimates(38.0, 33.0, 37.0), B: estimates(35.0, 35.1, 35.0)}
+    single = {A: calm[A][:1], B: calm[B][:1]}
+    assert [judge(said, runs).verdict for runs in (calm, wild)] == [
+        "supported",
+        "undecided at this n",
+    ]
+    alone = judge(said, single)
+    assert (alone.verdict, alone.seeds) == ("supported", 1)
+
+
+def test_without_any_spread_nothing_is_decided() -> None:
+    bare = {A: estimates(0.79, error=None), B: estimates(0.68, error=None)}
+    found = judge(claim((A, B)), bare)
+    assert (found.verdict, found.judged[0].outcome) == ("undecided at this n", "no interval")
+    seeds = {
+        A: estimates(0.79, 0.80, 0.79, error=None),
+        B: estimates(0.68, 0.69, 0.69, error=None),
+    }
+    assert judge(claim((A, B)), seeds).verdict == "supported"
+
+
+def test_shared_questions_are_paired() -> None:
+    rng = np.random.default_rng(0)
+    hard = rng.random(2000) < 0.5
+    right = [hard | (rng.random(2000) < p) for p in (0.12, 0.08)]
+    keys = range(2000)
+    a, b = (mean_influence(dict(zip(keys, r.tolist(), strict=True))) for r in right)
+    values = [100 * float(r.mean()) for r in right]
+    runs = {
+        place: [Estimate(value=value, influence=influence)]
+        for place, value, influence in zip((A, B), values, (a, b), strict=True)
+    }
+    paired = contrast(((1.0, A), (-1.0, B)), runs)
+    expected = 100 * np.std(right[0].astype(float) - right[1]) / math.sqrt(2000)
+    assert paired is not None
+    assert paired.standard_error == pytest.approx(expected)
+    assert paired.standard_error < 0.5 * math.sqrt(a.variance + b.variance)
+    apart = combined([(1.0, a), (-1.0, Influence(tuple(map(str, keys)), b.values))])
+    assert apart.variance == pytest.approx(a.variance + b.variance)
+
+
+def test_holm() -> None:
+    assert holm([0.01, 0.04, None, 0.03]) == [pytest.approx(0.03), pytest.approx(0.06), None,
+                                              pytest.approx(0.06)]  # fmt: skip
+    pairs = [(A, B)] * 5
+    runs = {A: estimates(30.6), B: estimates(30.0)}
+    assert judge(claim((A, B)), runs).verdict == "supported"
+    assert judge(claim(*pairs), runs).verdict == "undecided at this n"
+
+
+def test_the_detectable_difference_is_detected_in_four_of_five() -> None:
+    said = claim((A, B))
+    wanted = judge(said, {A: estimates(0.0), B: estimates(0.0)}).detectable
+    assert wanted is not None
+    rng = np.random.default_rng(1)
+    found = sum(
+        judge(
+            said,
+            {A: estimates(wanted + rng.normal(0, 0.2)), B: estimates(rng.normal(0, 0.2))},
+        ).verdict
+        == "supported"
+        for _ in range(600)
+    )
+    assert found / 600 == pytest.approx(0.8, abs=0.05)
+
+
+def test_influences_give_the_width_of_the_bootstrap() -> None:
+    rng = np.random.default_rng(2)
+    parts = [
+        Part(
+            category, ("group", f"{category}{group}"), (float(rng.random() < 0.3), 1.0), (1.0, 2.0)
+        )
+        for category in "ab"
+        for group in range(150)
+        for _ in range(2)
+    ]
+    moved = influences(parts)
+    width = summarise(parts).interval[1] - summarise(parts).interval[0]
+    spread = math.sqrt(sum(value**2 for value in moved.values()))
+    assert 2 * 1.96 * spread == pytest.approx(width, rel=0.1)
+    assert len(moved) == 300
