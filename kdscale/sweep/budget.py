@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from kdscale.core.answers_config import Answers
 from kdscale.core.checkpoints import Checkpoints
 from kdscale.core.config import Embed, Execution
 from kdscale.core.journal import read_steps
@@ -202,13 +203,14 @@ def running_stages(plan: Plan) -> list[Stage]:
 
 def done_share(stage: Stage, plan: Plan) -> float:
     """Returns how much of an unfinished stage is done and will not be done again, 0 to 1."""
-    store = stage.store(plan.storage)
-    if isinstance(stage.recipe, Embed | Features):
+    store, whole = stage.store(plan.storage), stage.total_steps or 0
+    if isinstance(stage.recipe, Answers | Embed | Features):
         lines = read_steps(store)
-        return min(1.0, lines[-1]["step"] / lines[-1]["shards"]) if lines else 0.0
-    if not stage.total_steps:
-        return 0.0
-    return min(1.0, Checkpoints(store, keep=1).latest_step() / stage.total_steps)
+        done = lines[-1]["step"] if lines else 0
+        whole = lines[-1].get("shards", whole) if lines else whole
+    else:
+        done = Checkpoints(store, keep=1).latest_step()
+    return min(1.0, done / whole) if whole else 0.0
 
 
 def stopped_apart(failures: Sequence[Any], reason: str) -> list[Any]:
