@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import shlex
 import sys
@@ -20,14 +21,31 @@ from kdscale.cli_cka import cka
 from kdscale.cli_data import data_app
 from kdscale.cli_evaluate import evaluate
 from kdscale.cli_export import export
+from kdscale.cli_plan import (
+    AcceleratorName,
+    Efficiency,
+    MaxCost,
+    MaxGpuHours,
+    Prices,
+    RedoDependants,
+    RedoKey,
+    Spot,
+    WhyKey,
+    Yes,
+    make_room,
+    show,
+    without_redo,
+)
 from kdscale.cli_zero_shot import zero_shot
 from kdscale.core.config import Execution
 from kdscale.core.scale import Scale, scale_named
 from kdscale.core.storage import Storage
 from kdscale.core.types import ConfigError
 from kdscale.core.vlm_config import VLM_STAGES
+from kdscale.sweep.budget import Limits
 from kdscale.sweep.grid import Sweep
 from kdscale.sweep.plan import Plan, make_plan
+from kdscale.sweep.prices import DEFAULT_ACCELERATOR, DEFAULT_EFFICIENCY, find_rates
 from kdscale.sweep.tracking import redacted
 from kdscale.sweep.walk import WALK, walk_of
 from kdscale.terminal import AsJson, StorageRoot, console, guarded
@@ -160,8 +178,8 @@ def load_sweep(path: Path) -> Sweep:
     return found
 
 
-def sweep_command(action: Callable[[Request], None]) -> Callable[..., None]:
-    """Makes a command of an action: all of them take the same options."""
+def sweep_command(action: Callable[..., None]) -> Callable[..., None]:
+    """Makes a command of an action: all of them take the same options, and each its own."""
 
     def command(
         files: Files,
@@ -175,6 +193,7 @@ def sweep_command(action: Callable[[Request], None]) -> Callable[..., None]:
         gates: Gates = True,
         seeds: Seeds = None,
         as_json: AsJson = False,
+        **own: Any,
     ) -> None:
         with guarded():
             sweeps = [load_sweep(file) for file in files]
@@ -197,44 +216,74 @@ def sweep_command(action: Callable[[Request], None]) -> Callable[..., None]:
                 command=_run_command(),
                 scale_is_given=scale is not None,
             )
-            action(request)
+            action(request, **own)
 
     command.__doc__ = action.__doc__
+    *shared, _ = inspect.signature(command, eval_str=True).parameters.values()
+    _, *more = inspect.signature(action, eval_str=True).parameters.values()
+    signature = inspect.Signature([*shared, *more])
+    command.__dict__["__signature__"] = signature
+    command.__annotations__ = {name: p.annotation for name, p in signature.parameters.items()}
     return command
 
 
 def _run_command() -> str:
     """Returns the command that runs what this one was asked about, without passwords."""
     program, *options = map(redacted, sys.argv)
+    options = without_redo(options)
     if Path(program).suffix == ".py":
         return shlex.join(["python", program, *options])
     return shlex.join(["kdscale", "run", *(option for option in options[1:] if option != "--json")])
 
 
-def run_sweep(request: Request) -> None:
+def run_sweep(
+    request: Request,
+    *,
+    redo: RedoKey = None,
+    redo_dependants: RedoDependants = False,
+    yes: Yes = False,
+    max_gpu_hours: MaxGpuHours = None,
+    max_cost: MaxCost = None,
+    spot: Spot = False,
+    accelerator: AcceleratorName = DEFAULT_ACCELERATOR,
+    efficiency: Efficiency = DEFAULT_EFFICIENCY,
+    prices: Prices = None,
+) -> None:
     """Run sweeps: every stage that is not finished, then the report."""
     from kdscale.sweep.run import execute
 
+    shown = Console(stderr=request.as_json)
+    limits = Limits(gpu_hours=max_gpu_hours, cost=max_cost, spot=spot)
+    plan = request.plan()
+    plan.rates = rates = find_rates(accelerator, efficiency, prices)
+    if redo is not None:
+        again = make_room(plan, redo, limits, shown, dependants=redo_dependants, yes=yes)
+        plan = request.plan()
+        plan.rates, plan.redo = rates, again
     execute(
-        request.plan(),
+        plan,
         request.sweeps,
-        console=Console(stderr=request.as_json),
+        console=shown,
         tracking_uri=request.tracking_uri,
         command=request.command,
+        limits=limits,
     )
     if request.as_json:
         show_report(request)
 
 
-def show_plan(request: Request) -> None:
+def show_plan(
+    request: Request,
+    *,
+    why: WhyKey = None,
+    accelerator: AcceleratorName = DEFAULT_ACCELERATOR,
+    efficiency: Efficiency = DEFAULT_EFFICIENCY,
+    prices: Prices = None,
+) -> None:
     """Show what a run would do: trials, distinct stages, reuse, cost. Runs nothing."""
-    from kdscale.sweep.progress import print_plan
-
     plan = request.plan()
-    if request.as_json:
-        print(json.dumps(plan.document(), indent=2))
-    else:
-        print_plan(plan, console)
+    plan.rates = find_rates(accelerator, efficiency, prices)
+    show(plan, why, as_json=request.as_json)
 
 
 def show_report(request: Request) -> None:

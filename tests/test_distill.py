@@ -9,9 +9,11 @@ import pytest
 import torch
 from worlds import small_job, spawn, synthetic, timm_tower, vit
 
+from kdscale.core.checkpoints import Checkpoints
 from kdscale.core.config import Execution
 from kdscale.core.journal import JournalReader, read_steps
-from kdscale.core.types import ConfigError, PrecisionError, TrainingDiverged
+from kdscale.core.stop import ask_to_stop, let_run
+from kdscale.core.types import ConfigError, PrecisionError, StageStopped, TrainingDiverged
 from kdscale.eval.zeroshot import predict
 from kdscale.stages.distill import DistillTask
 from kdscale.stages.jobs import DistillJob
@@ -138,6 +140,19 @@ def test_an_interrupted_run_continues_bit_for_bit(tmp_path: Path) -> None:
     for one, two in zip(read_steps(whole.stage), read_steps(broken.stage), strict=True):
         for name in ("ids", "total", "task", "fd", "icl", "ckd", "lr", "logit_scale"):
             assert one[name] == two[name]
+
+
+def test_a_run_that_is_asked_to_stop_stops_at_a_checkpoint_and_goes_on(tmp_path: Path) -> None:
+    job = small_job(str(tmp_path), total_steps=5)
+    ask_to_stop(job.stage, "enough")
+    with pytest.raises(StageStopped, match="enough"):
+        Run(job, World(), lambda _: None).train(synthetic(job, World()))
+    assert Checkpoints(job.stage, keep=1).latest_step() == 2
+    let_run(job.stage)
+    Run(job, World(), lambda _: None).train(synthetic(job, World()))
+    lines = JournalReader(job.stage).new_lines()
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert job.stage.is_done()
 
 
 def test_learning_rate_matches_the_reference() -> None:

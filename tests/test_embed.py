@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import resource
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -22,12 +23,14 @@ from worlds import PX, vit
 import kdscale.stages.distill as distill_module
 from kdscale.core.config import DataSpec, Distill, Embed, Execution, TowerSpec
 from kdscale.core.journal import read_steps
+from kdscale.core.stop import ask_to_stop
 from kdscale.core.types import (
     CacheCorrupt,
     CacheMismatch,
     CacheMissing,
     ConfigError,
     ShardChanged,
+    StageRefused,
     StorageError,
 )
 from kdscale.data.blocks import Plan, Reading, finish, read_segment
@@ -38,7 +41,7 @@ from kdscale.data.sidecars import read_sidecar, read_summary, view_name
 from kdscale.models.preprocess import tokenizer
 from kdscale.models.towers import build_clip, normalise
 from kdscale.stages.by_shard import finish as finish_embed
-from kdscale.stages.by_shard import shards_of
+from kdscale.stages.by_shard import run_shards, shard_row, shards_of
 from kdscale.stages.embed import Embedder, pending
 from kdscale.stages.jobs import DistillJob, EmbedJob, embed_recipe
 from kdscale.stages.loop import World
@@ -218,6 +221,20 @@ def test_only_missing_shards_are_embedded_again(tmp_path: Path, manifest: Manife
     fill(job)
     touched = {f for f in files if f.stat().st_mtime_ns != before[f]}
     assert {f.name for f in touched} == {gone.name}
+
+
+def test_a_job_that_is_asked_to_stop_stops_after_a_shard(
+    tmp_path: Path, manifest: Manifest
+) -> None:
+    job = embed_job(distill_job(tmp_path, manifest, tall(224, 32)), run=Execution(num_workers=0))
+    ask_to_stop(job.stage, "enough")
+
+    def done(number: int) -> dict[str, Any]:
+        return shard_row(number, 1, time.perf_counter() - 1, {})
+
+    with pytest.raises(StageRefused, match="StageStopped: enough"):
+        list(run_shards(job, [0, 1, 2], lambda: done, 3))
+    assert [line["step"] for line in read_steps(job.stage)] == [1]
 
 
 def test_a_shard_listed_twice_is_embedded_once(tmp_path: Path, manifest: Manifest) -> None:

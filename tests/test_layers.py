@@ -26,6 +26,7 @@ LAYERS = {
     "cli_data": 4,
     "cli_evaluate": 4,
     "cli_export": 4,
+    "cli_plan": 4,
     "lmms_model": 3,
     "lmms_plugin": 3,
     "cli_zero_shot": 4,

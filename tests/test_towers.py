@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import pickle
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdscale.core.catalog import DATA, LANGUAGE_MODELS, STUDENTS, TEACHERS, ZERO_SHOT
-from kdscale.core.config import TowerSpec
+from kdscale.core.config import Distill, TowerSpec
 from kdscale.core.types import ConfigError, UnknownName, WeightsError
 from kdscale.models import preprocess, towers, weights
 from kdscale.models.towers import (
@@ -33,6 +34,7 @@ from kdscale.models.towers import (
     save_clip,
     tokenizer,
 )
+from kdscale.sweep.cost import Work, flops
 
 build_clip: Any = towers.build_clip
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
@@ -122,6 +124,20 @@ def check_work(name: str) -> None:
 @pytest.mark.parametrize("name", ["vit_t16", "vit_s16", "mobilevit_s", "swin_t", "convnext_t"])
 def test_work_of_students(name: str) -> None:
     check_work(name)
+
+
+@pytest.mark.parametrize("name", ["vit_t16", "swin_t"])
+def test_a_plan_counts_the_work_of_a_training_step(name: str) -> None:
+    """Of the others torch counts the weight gradients of depthwise convolutions as dense ones."""
+    spec = ALL[name]
+    recipe = Distill(student=spec, loss="clip", global_batch_size=2)
+    planned = flops(Work(recipe=recipe, num_samples=2, total_steps=1))
+    model = copy.deepcopy(meta_build(name)).train().requires_grad_(True)
+    pixels = torch.zeros(2, 3, spec.image_px, spec.image_px, device="meta")
+    tokens = torch.zeros(2, spec.context_length, dtype=torch.long, device="meta")
+    with FlopCounterMode(display=False) as counted:
+        (model.encode_image(pixels).sum() + model.encode_text(tokens).sum()).backward()
+    assert planned == pytest.approx(counted.get_total_flops(), rel=0.1)
 
 
 @pytest.mark.parity

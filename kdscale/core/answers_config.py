@@ -15,7 +15,7 @@ from kdscale.core.config import (
     Precision,
     Recipe,
 )
-from kdscale.core.keys import content_key, folder_contents
+from kdscale.core.keys import digest, folder_contents, identity
 
 
 class Answers(Recipe):
@@ -73,4 +73,9 @@ def beside_answers(recipe: Answers) -> dict[str, Any]:
 
 def answers_key(recipe: Answers) -> str:
     """Returns the content key of the answers."""
-    return content_key(recipe.kind, recipe.version, recipe, {}, beside_answers(recipe))
+    return digest(answers_identity(recipe))
+
+
+def answers_identity(recipe: Answers) -> dict[str, Any]:
+    """Returns everything that decides the answers (`kdscale.core.keys.identity`)."""
+    return identity(recipe.kind, recipe.version, recipe, {}, beside_answers(recipe))

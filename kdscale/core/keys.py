@@ -33,7 +33,22 @@ def content_key(
     manifests: Mapping[str, str],
     more: Mapping[str, Any] | None = None,
 ) -> str:
-    """Returns the content key of a stage.
+    """Returns the content key of a stage: the digest of its `identity`, whose arguments it takes.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    return digest(identity(kind, version, recipe, manifests, more))
+
+
+def identity(
+    kind: str,
+    version: int,
+    recipe: Spec,
+    manifests: Mapping[str, str],
+    more: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Returns everything that decides a stage's numbers, as JSON.
 
     Keys of input stages are part of the recipe already: a tower that another stage trains
     carries `weights="stage:<kind>/<key>"`.
@@ -45,19 +60,20 @@ def content_key(
         manifests: {urls: manifest hash} of the data that were found.
         more: What else decides this stage's numbers; where nothing does, keys are without it.
 
-    Returns:
-        16 hexadecimal digits.
-
     Raises:
         ConfigError: If a field holds something without a stable description.
     """
-    document: dict[str, Any] = {
+    return {
         "kind": kind,
         "version": version,
         "recipe": describe(recipe, manifests),
         **({"more": describe(more, manifests)} if more else {}),
     }
-    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+
+
+def digest(identity: Mapping[str, Any]) -> str:
+    """Returns the content key that an identity has."""
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=KEY_LENGTH // 2).hexdigest()
 
 

@@ -134,12 +134,28 @@ class StageRefused(StageFailed):
     """A stage that another attempt would end in the same way."""
 
 
+class StageStopped(StageRefused):
+    """A stage that was asked to stop; it goes on from its last checkpoint when it is run again."""
+
+
+class StageBusy(KdscaleError):
+    """A stage that cannot be removed while another process writes it, or reads it."""
+
+
+class OverBudget(ConfigError):
+    """A plan that would cost more than it may, or nobody knows how much."""
+
+
+class LimitReached(KdscaleError):
+    """A sweep that has stopped since it has used up what it may use."""
+
+
 class ImpossibleResources(KdscaleError):
     """A placement that this cluster can never satisfy."""
 
 
 # Errors that lie in what was asked for: trying again meets them again.
-FINAL_ERRORS = (ConfigError, DataError, WeightsError, TrainingDiverged)
+FINAL_ERRORS = (ConfigError, DataError, WeightsError, TrainingDiverged, StageStopped)
 
 
 def final_cause(error: BaseException) -> BaseException | None:

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from kdscale.core.answers_config import Answers
 from kdscale.core.config import STAGE_WEIGHTS, Execution, Precision
 from kdscale.core.journal import JournalWriter
+from kdscale.core.stop import check_stop
 from kdscale.core.storage import Storage, check_lease
 from kdscale.core.types import DataError
 from kdscale.data.samples import decode
@@ -207,6 +208,9 @@ def _answered(rounds: Sequence[_Round]) -> Iterator[_Round]:
         for row in rows:
             rounds[row["job"]].add(row)
             yield rounds[row["job"]]
+            left = next((each for each in rounds if not each.is_whole), None)
+            if left is not None:
+                check_stop(left.job.stage)
     except Exception as error:
         from kdscale.stages.worker import raise_failed
 

@@ -19,6 +19,7 @@ import torch
 
 from kdscale.core.config import Execution
 from kdscale.core.journal import JournalWriter
+from kdscale.core.stop import check_stop
 from kdscale.core.storage import check_lease
 from kdscale.data.raw import RawSample
 from kdscale.data.shards import ShardEntry, read_good
@@ -61,6 +62,8 @@ def run_shards(
             speed = {"samples_per_s": row["samples"] / row["seconds"]}
             journal.append({"step": done, "shards": total, **speed})
             yield row
+            if done < total:
+                check_stop(job.stage)
     except Exception as error:
         from kdscale.stages.worker import raise_failed
 

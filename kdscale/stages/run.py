@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from kdscale.core.checkpoints import Checkpoints
 from kdscale.core.journal import JournalWriter
+from kdscale.core.stop import check_stop
 from kdscale.core.storage import check_lease
 from kdscale.core.trained import epoch_suffix
 from kdscale.core.types import TrainingDiverged
@@ -146,6 +147,8 @@ class Run:
             self.journal.flush()
             self.checkpoints.save(line["step"], self.task.state(line["step"]))
         self.report({"step": line["step"], "loss": line["total"]})
+        if self.world.is_first and line["step"] < self.job.total_steps:
+            check_stop(self.job.stage, self.checkpoints.wait)
 
     def _finish(self) -> None:
         """Writes the student in hub layout and its predictions, and marks the stage done."""

@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 from kdscale.core.checkpoints import Checkpoints
 from kdscale.core.config import TowerSpec
 from kdscale.core.journal import JournalWriter
+from kdscale.core.stop import check_stop
 from kdscale.core.storage import check_lease
 from kdscale.core.types import CheckpointError, DataError, TrainingDiverged
 from kdscale.data.instruct_stream import InstructBatch
@@ -146,6 +147,8 @@ class VlmRun(TrainerCallback):
             check_lease(self.job.stage, self.job.lease)
             self.journal.flush()
             self.checkpoints.save(step, packed)
+            if step < self.job.total_steps:
+                check_stop(self.job.stage, self.checkpoints.wait)
         self.meter.restart()
 
     def _restore(self, step: int) -> str:

@@ -20,6 +20,7 @@ import torch
 
 from kdscale.core.checkpoints import Checkpoints
 from kdscale.core.config import Execution
+from kdscale.core.stop import check_stop
 from kdscale.core.storage import StageStore
 from kdscale.core.types import (
     CheckpointError,
@@ -252,6 +253,7 @@ def _work(config: dict[str, Any]) -> None:
         if job.recipe.run is not None and job.recipe.run.threads_per_worker is not None:
             torch.set_num_threads(job.recipe.run.threads_per_worker)
         with noting(job.stage):
+            check_stop(job.stage)
             attempt = _attempt_of(job)
             stream = first if first is not None and first.job is job else _Started(job, rank)
             attempt(job, world, report).train(stream.batches)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kdscale.core.answers_config import Answers, answers_key
+from kdscale.core.answers_config import Answers, answers_identity, answers_key
 from kdscale.core.config import STAGE_WEIGHTS, Execution, Mode, Precision
 from kdscale.core.find import find_stage
 from kdscale.core.storage import Lease, StageStore, Storage
@@ -273,4 +273,5 @@ def _stage(one: Asked) -> Stage:
         flops=None,
         bytes_out=None,
         reused=False,
+        identity=answers_identity(one.recipe),
     )

@@ -15,8 +15,8 @@ from kdscale.core.keys import content_key
 from kdscale.core.vlm_config import Features, Language, LanguageModelSpec, VlmStage
 from kdscale.core.zero_shot_config import Gate
 from kdscale.stages.jobs import embed_recipe, vlm_features
+from kdscale.sweep.prices import Rates
 
-EFFECTIVE_TFLOPS = 400.0
 ASSUMED_VIEWS = 5  # MobileCLIP-DR (arXiv 2311.17049) finds 5 crops enough for some 30 epochs
 PRETRAIN_TOKENS, FINETUNE_TOKENS = 30, 300  # of text, on average
 QUESTION_TOKENS, ANSWER_TOKENS = 80, 10  # of text: a question with options, a few words
@@ -54,14 +54,10 @@ class Saving:
     bytes_stored: float
     views: tuple[int, ...]
 
-    def document(self) -> dict[str, Any]:
+    def document(self, rates: Rates) -> dict[str, Any]:
         """Returns the comparison as JSON."""
-        return {
-            "online_gpu_hours": gpu_hours(self.online_flops),
-            "cached_gpu_hours": gpu_hours(self.cached_flops),
-            "bytes_stored": self.bytes_stored,
-            "views": list(self.views),
-        }
+        compared = _compared(self.online_flops, self.cached_flops, rates)
+        return compared | {"bytes_stored": self.bytes_stored, "views": list(self.views)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,19 +76,10 @@ class FeatureSaving:
     bytes_stored: float
     share_saved: dict[str, float]
 
-    def document(self) -> dict[str, Any]:
+    def document(self, rates: Rates) -> dict[str, Any]:
         """Returns the comparison as JSON."""
-        return {
-            "online_gpu_hours": gpu_hours(self.online_flops),
-            "cached_gpu_hours": gpu_hours(self.cached_flops),
-            "bytes_stored": self.bytes_stored,
-            "share_saved": self.share_saved,
-        }
-
-
-def gpu_hours(flops: float) -> float:
-    """Returns hours on an accelerator that sustains `EFFECTIVE_TFLOPS`."""
-    return flops / (EFFECTIVE_TFLOPS * 1e12) / 3600
+        compared = _compared(self.online_flops, self.cached_flops, rates)
+        return compared | {"bytes_stored": self.bytes_stored, "share_saved": self.share_saved}
 
 
 def flops(work: Work) -> float | None:
@@ -243,6 +230,12 @@ def feature_saving(works: Iterable[Work]) -> FeatureSaving | None:
     )
 
 
+def total(values: Iterable[float | None]) -> float | None:
+    """Adds numbers; None where one is not known."""
+    known = list(values)
+    return None if None in known else float(sum(value or 0.0 for value in known))
+
+
 def views_of(recipe: Recipe) -> int:
     """Returns how many crops per sample a cache holds."""
     return recipe.views if isinstance(recipe, Embed) else 0
@@ -310,3 +303,14 @@ def _forward_gflop(tower: Any) -> float | None:
     if facts.image_gflop is None or facts.text_gflop is None:
         return None
     return facts.image_gflop + facts.text_gflop
+
+
+def _compared(online_flops: float, cached_flops: float, rates: Rates) -> dict[str, Any]:
+    """Puts the same work with frozen towers online and cached side by side."""
+    online, cached = rates.gpu_hours(online_flops), rates.gpu_hours(cached_flops)
+    return {
+        "online_gpu_hours": online,
+        "cached_gpu_hours": cached,
+        "online_money": rates.money(online),
+        "cached_money": rates.money(cached),
+    }

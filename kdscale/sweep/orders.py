@@ -10,7 +10,6 @@ from typing import Any
 import kdscale
 from kdscale.core.config import DataSpec, Embed, TowerSpec
 from kdscale.core.eval_config import Cka
-from kdscale.core.keys import describe
 from kdscale.core.storage import Storage
 from kdscale.core.types import ShardChanged
 from kdscale.core.vlm_config import Evaluate, Features, Language, VlmStage
@@ -128,7 +127,8 @@ def record_of(stage: Stage, data: Manifest | None = None) -> dict[str, Any]:
         "key": stage.key,
         "name": stage.name,
         "inputs": list(stage.inputs),
-        "recipe": describe(stage.recipe, {}),
+        **stage.identity,
+        "urls": getattr(getattr(stage.recipe, "data", None), "urls", None),
         "teacher": teacher.name if isinstance(teacher, TowerSpec) else None,
         "manifest": data and data.hash,
         "quarantined": data.causes() if data else {},

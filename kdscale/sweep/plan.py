@@ -5,7 +5,7 @@ A plan needs neither torch nor Ray; it reads manifests and the stage store.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from kdscale.core.config import (
     TowerSpec,
 )
 from kdscale.core.eval_config import BenchmarkImages, Cka
-from kdscale.core.keys import content_key, local_files
+from kdscale.core.keys import digest, identity, local_files
 from kdscale.core.scale import Scale, Sizes, data_names, resolve, teacher_of
 from kdscale.core.storage import StageStore, Storage
 from kdscale.core.trained import trained_by, trained_weights
@@ -30,17 +30,12 @@ from kdscale.stages.jobs import embed_recipe, features_recipe
 from kdscale.sweep.amounts import amount, beside_recipe
 from kdscale.sweep.check import check_cacheable, check_paths, check_recipe
 from kdscale.sweep.cka import add_cka
-from kdscale.sweep.cost import (
-    EFFECTIVE_TFLOPS,
-    bytes_out,
-    feature_saving,
-    flops,
-    saving,
-)
+from kdscale.sweep.cost import bytes_out, feature_saving, flops, saving, total
 from kdscale.sweep.gates import add_gate, gate_source
 from kdscale.sweep.grid import Sweep
 from kdscale.sweep.kept import keeping, looked_up
 from kdscale.sweep.naming import label
+from kdscale.sweep.prices import Rates, default_rates
 from kdscale.sweep.stage import PlannedTrial, Stage
 from kdscale.sweep.vlm import add_vlm
 
@@ -53,6 +48,8 @@ class Plan:
         stages: {key: stage}, inputs before the stages that need them.
         missing: Inputs that are not at hand, in words.
         notes: What the sweeps ask for and the scale does not have, in words.
+        rates: What hours and money are counted by.
+        redo: Keys of stages that are run though all their trials have what they need.
     """
 
     scale: Scale
@@ -61,6 +58,12 @@ class Plan:
     stages: dict[str, Stage] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    rates: Rates = field(default_factory=default_rates)
+    redo: frozenset[str] = frozenset()
+
+    def gpu_hours(self, flops: float | None) -> float | None:
+        """Returns the hours of one accelerator that operations take, None where unknown."""
+        return None if flops is None else self.rates.gpu_hours(flops)
 
     def shared_by(self, key: str) -> int:
         """Returns how many trials go through a stage."""
@@ -87,8 +90,8 @@ class Plan:
             ],
             "stages": [self._stage_document(stage) for stage in self.stages.values()],
             "cost": self._cost(),
-            "teacher_cache": teachers and teachers.document() | guessed,
-            "feature_cache": features and features.document() | guessed,
+            "teacher_cache": teachers and teachers.document(self.rates) | guessed,
+            "feature_cache": features and features.document(self.rates) | guessed,
         }
 
     def _stage_document(self, stage: Stage) -> dict[str, Any]:
@@ -103,7 +106,7 @@ class Plan:
             "total_steps": stage.total_steps,
             "flops": stage.flops,
             "bytes_out": stage.bytes_out,
-            "gpu_hours": stage.gpu_hours,
+            "gpu_hours": self.gpu_hours(stage.flops),
             "estimated": stage.estimated,
             "note": stage.note,
         }
@@ -111,17 +114,19 @@ class Plan:
     def _cost(self) -> dict[str, Any]:
         """Returns what is left to run costs as JSON; None stands for a total that is not known."""
         rest = self.remaining()
+        work = total(stage.flops for stage in rest)
         return {
             "scale": self.scale.name,
             "stages_total": len(self.stages),
             "stages_to_run": len(rest),
-            "flops": _sum(stage.flops for stage in rest),
-            "gpu_hours": _sum(stage.gpu_hours for stage in rest),
-            "bytes_out": _sum(stage.bytes_out for stage in rest),
+            "flops": work,
+            "gpu_hours": self.gpu_hours(work),
+            "money": self.rates.money(self.gpu_hours(work)),
+            "bytes_out": total(stage.bytes_out for stage in rest),
             "estimated": any(stage.estimated for stage in rest),
-            "effective_tflops": EFFECTIVE_TFLOPS,
             "missing": self.missing,
             "notes": self.notes,
+            **self.rates.document(),
         }
 
 
@@ -221,11 +226,15 @@ class Planner:
         """Tells whether a distillation is done, its teacher's cache aside."""
         return self.is_done(self._cached(recipe, None))
 
-    def key_of(self, kind: str, recipe: Recipe) -> str:
-        """Returns the content key of a stage, whether the plan has it or not."""
+    def identity_of(self, kind: str, recipe: Recipe) -> dict[str, Any]:
+        """Returns what decides a stage's numbers, whether the plan has it or not."""
         manifests = {s.spec.urls: s.hash for s in self._sources_of(recipe) if s and s.spec.urls}
         more = beside_recipe(recipe) | local_files(recipe)
-        return content_key(kind, recipe.version, recipe, manifests, more)
+        return identity(kind, recipe.version, recipe, manifests, more)
+
+    def key_of(self, kind: str, recipe: Recipe) -> str:
+        """Returns the content key of a stage, whether the plan has it or not."""
+        return digest(self.identity_of(kind, recipe))
 
     def is_done(self, recipe: Recipe) -> bool:
         """Tells whether a stage is finished that is of the kind of its recipe."""
@@ -248,7 +257,8 @@ class Planner:
             check_recipe(recipe)
         sources = self._sources_of(recipe)
         wanted, data = len(sources), sources[0] if sources else None
-        key = self.key_of(kind, recipe)
+        whole = self.identity_of(kind, recipe)
+        key = digest(whole)
         if key in self.plan.stages:
             self.plan.stages[key] = keeping(self.plan.stages[key], recipe, self.plan.storage)
         else:
@@ -266,6 +276,7 @@ class Planner:
                 reused=False,
                 estimated=wanted > 0 and data is None and work.num_samples is not None,
                 data_hash=data.hash if data is not None and data.spec.urls else None,
+                identity=whole,
             )
             self.plan.stages[key] = looked_up(stage, self.plan.storage)
         path.append(key)
@@ -311,12 +322,6 @@ class Planner:
                 self._sources[name] = None
                 self.plan.missing.append(str(error))
         return self._sources[name]
-
-
-def _sum(values: Iterable[float | None]) -> float | None:
-    """Adds numbers; None where one is not known."""
-    known = list(values)
-    return None if None in known else float(sum(value or 0.0 for value in known))
 
 
 def make_plan(

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from rich.tree import Tree
 
-from kdscale.core.answers_config import Answers
 from kdscale.core.config import Distill
-from kdscale.core.eval_config import Cka
 from kdscale.core.journal import JournalReader, Line, read_steps
 from kdscale.core.storage import Lease, Storage
-from kdscale.core.types import StorageError
+from kdscale.core.types import StageStopped, StorageError
 from kdscale.sweep.kept import is_finished
 from kdscale.sweep.naming import label
 from kdscale.sweep.plan import Plan, Stage
+from kdscale.sweep.tree import rounded, stage_tree
 
 PRINT_EVERY_S = 5.0
 
@@ -93,7 +90,9 @@ class Follower:
                 failure = stage.store(self._plan.storage).failure()
                 if failure and failure != self._failures.get(stage.key):
                     text = escape(f"{stage.name}: {failure['message']}")
-                    self._progress.say(f"[red]{stage.kind} failed[/] {text}")
+                    stopped = failure["message"].startswith(StageStopped.__name__)
+                    how = "[yellow]stopped[/]" if stopped else "[red]failed[/]"
+                    self._progress.say(f"{stage.kind} {how} {text}")
                 self._failures[stage.key] = failure
 
     def _loop(self) -> None:
@@ -169,19 +168,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     """Prints a plan: teachers, the tree of stages, and the cost of what is left to run."""
     if any(stage.kind == "teacher" for stage in plan.stages.values()):
         console.print(teacher_table(plan))
-    tree = Tree(f"[bold]{len(plan.trials)} trials, {len(plan.stages)} distinct stages[/]")
-    branches = {"": tree}
-    measured: dict[tuple[str, str, str], list[Stage]] = {}
-    for stage in plan.stages.values():
-        parent = stage.inputs[-1] if stage.inputs else ""
-        if isinstance(stage.recipe, Answers | Cka):
-            measured.setdefault((parent, stage.kind, _pair(stage)), []).append(stage)
-        else:
-            branches[stage.key] = branches[parent].add(_stage_label(plan, stage))
-    for (parent, kind, _), stages in measured.items():
-        label_of = _answers_label if kind == Answers.kind else _cka_label
-        branches[parent].add(label_of(stages))
-    console.print(tree)
+    console.print(stage_tree(plan))
     console.print(_cost_line(plan.document()["cost"]))
     _print_savings(plan, console)
     for text in sorted(set(plan.missing)):
@@ -190,45 +177,29 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print(f"[yellow]note:[/] {escape(text)}")
 
 
-def _answers_label(stages: Sequence[Stage]) -> str:
-    """Describes the answers of one VLM to its benchmarks in a line; each is a stage."""
-    names = list(dict.fromkeys(s.recipe.benchmark for s in stages if isinstance(s.recipe, Answers)))
-    left = sum(not stage.reused for stage in stages)
-    asked = sum(stage.num_samples or 0 for stage in stages)
-    count = f"{asked:,}" if asked else "unknown"
-    return f"answers to {', '.join(names)}: {count} questions, {len(stages)} stages, {left} to run"
-
-
-def _pair(stage: Stage) -> str:
-    """Names the two models of a comparison and the tap; empty for other stages."""
-    recipe = stage.recipe
-    if not isinstance(recipe, Cka):
-        return ""
-    return f"{label(recipe.a)} with {label(recipe.b)}, {recipe.tap}"
-
-
-def _cka_label(stages: Sequence[Stage]) -> str:
-    """Describes the comparisons of one pair of models in a line; each is a stage."""
-    names = [s.recipe.images.name for s in stages if isinstance(s.recipe, Cka)]
-    left = sum(not stage.reused for stage in stages)
-    counts = [stage.num_samples for stage in stages]
-    total = "unknown" if None in counts else f"{sum(count or 0 for count in counts):,}"
-    pair = _pair(stages[0])
-    return (
-        f"CKA of {pair}, on {', '.join(names)}: {total} images, {len(stages)} stages, {left} to run"
-    )
-
-
 def _cost_line(cost: dict[str, Any]) -> str:
     """Says what is left to run costs, as far as that is known."""
     work, size = "work unknown", "size of the output unknown"
     if cost["flops"] is not None:
-        work = f"{cost['flops'] / 1e15:,.3g} PFLOP, {cost['gpu_hours']:,.3g} GPU-hours at "
-        work += f"{cost['effective_tflops']:g} TFLOP/s"
+        work = f"{cost['flops'] / 1e15:,.3g} PFLOP, {rounded(cost['gpu_hours'])} GPU-hours"
+        work += f"{priced(cost['money'], cost['currency'])}"
     if cost["bytes_out"] is not None:
         size = f"{cost['bytes_out'] / 1e6:,.3g} MB of output"
-    note = _estimated(cost)
-    return f"to run: {cost['stages_to_run']} of {cost['stages_total']} stages, {work}, {size}{note}"
+    done = cost["stages_total"] - cost["stages_to_run"]
+    reused = f" ({done} reused)" if done else ""
+    return (
+        f"to run: {cost['stages_to_run']} of {cost['stages_total']} stages{reused}, {work}, {size}"
+        f"{_estimated(cost)}\n"
+        f"[dim]on {cost['accelerator']} at {cost['efficiency']:.0%} of its {cost['peak_tflops']:g} "
+        "TFLOP/s (--accelerator, --efficiency, --prices)[/]"
+    )
+
+
+def priced(money: dict[str, float | None], currency: str) -> str:
+    """Puts amounts of money in words, as far as they are known: " (12 USD on demand, ...)"."""
+    names = {"on_demand": "on demand", "spot": "spot"}
+    known = [f"{rounded(v)} {currency} {names[k]}" for k, v in money.items() if v is not None]
+    return f" ({', '.join(known)})" if known else ""
 
 
 def _estimated(document: dict[str, Any]) -> str:
@@ -244,7 +215,7 @@ def _print_savings(plan: Plan, console: Console) -> None:
         views = " or ".join(map(str, found["views"]))
         console.print(
             f"teachers {_compared(found)} with {views} views in "
-            f"{found['bytes_stored'] / 1e9:,.3g} GB "
+            f"{found['bytes_stored'] / 1e9:,.3g} GB{_instead(found, plan.rates.currency)} "
             f"[dim](teacher_outputs=cached)[/]{_estimated(found)}"
         )
     found = document["feature_cache"]
@@ -252,7 +223,8 @@ def _print_savings(plan: Plan, console: Console) -> None:
         shares = ", ".join(f"{kind} {share:.0%}" for kind, share in found["share_saved"].items())
         console.print(
             f"VLM towers {_compared(found)} in at most {found['bytes_stored'] / 1e9:,.3g} GB; "
-            f"less work in {shares} [dim](feature_cache=True)[/]{_estimated(found)}"
+            f"less work in {shares}{_instead(found, plan.rates.currency)} "
+            f"[dim](feature_cache=True)[/]{_estimated(found)}"
         )
 
 
@@ -262,7 +234,13 @@ def _compared(found: dict[str, Any]) -> str:
     change = f"{online / cached:.1f} times less"
     if cached > online:
         change = f"{cached / online:.1f} times more"
-    return f"online {online:,.3g} GPU-hours, cached {cached:,.3g} ({change})"
+    return f"online {rounded(online)} GPU-hours, cached {rounded(cached)} ({change})"
+
+
+def _instead(found: dict[str, Any], currency: str) -> str:
+    """Says what that is in money, where the price of an hour is known."""
+    online, cached = (found[f"{how}_money"]["on_demand"] for how in ("online", "cached"))
+    return "" if online is None else f", {rounded(cached)} instead of {rounded(online)} {currency}"
 
 
 def teacher_table(plan: Plan) -> Table:
@@ -278,20 +256,3 @@ def teacher_table(plan: Plan) -> Table:
         cells += [label(recipe.loss)]
         table.add_row(*map(str, cells), "" if mini is None else f"{mini.caption_noise:.0%}")
     return table
-
-
-def _stage_label(plan: Plan, stage: Stage) -> str:
-    """Describes a stage in one line."""
-    unit = "shards" if stage.kind in ("embed", "features") else "steps"
-    count = stage.total_steps
-    if stage.kind in ("evaluate", "answers"):
-        unit, count = "questions", stage.num_samples
-    if stage.kind == "gate":
-        unit, count = "images", stage.num_samples
-    about = "about " if stage.estimated and count else ""
-    steps = f"{about}{count or 'unknown'} {unit}"
-    state = "[green]finished[/]" if stage.reused else steps
-    shared = plan.shared_by(stage.key)
-    note = f", shared by {shared} trials" if shared > 1 else ""
-    note += f", [yellow]{stage.note}[/]" if stage.note else ""
-    return f"[cyan]{stage.kind}[/] {stage.name}  [dim]{stage.key}[/]  {state}{note}"

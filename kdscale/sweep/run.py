@@ -10,12 +10,14 @@ from rich.console import Console
 from rich.text import Text
 
 from kdscale.core.types import NoShards
+from kdscale.sweep.budget import NO_LIMITS, Budget, Limits, stopped_apart
 from kdscale.sweep.grid import Sweep
 from kdscale.sweep.plan import Plan
 from kdscale.sweep.progress import Follower, Progress, print_plan
 from kdscale.sweep.render import print_report, write_html
 from kdscale.sweep.report import build_report
 from kdscale.sweep.tracking import Mirror, Tracker, default_tracking_uri, viewing
+from kdscale.sweep.tree import rounded
 
 
 def execute(
@@ -25,6 +27,7 @@ def execute(
     console: Console,
     tracking_uri: str | None,
     command: str,
+    limits: Limits = NO_LIMITS,
 ) -> None:
     """Runs what a plan still lacks and reports.
 
@@ -34,19 +37,23 @@ def execute(
         console: Where progress and tables go.
         tracking_uri: MLflow server; None for SQLite in the storage.
         command: What runs the rest of a study that did not finish.
+        limits: What the run may use.
 
     Raises:
         NoShards: If input data are not at hand.
+        OverBudget: If what is left would take more than the limits allow, or nobody knows.
         StageFailed: After everything else has finished, naming the trials that failed.
+        LimitReached: After all stages have stopped.
     """
     from kdscale.sweep.prepare import prepare
     from kdscale.sweep.schedule import raise_failures, run_plan
 
-    if plan.missing:
-        raise NoShards("; ".join(sorted(set(plan.missing))))
+    check_inputs(plan)
     uri = tracking_uri or default_tracking_uri(plan.storage)
     progress = Progress(console)
     print_plan(plan, console)
+    budget = Budget(plan, limits, progress.say)
+    budget.check()
     if not plan.remaining():
         progress.say("[green]every stage is finished already: nothing to run[/]")
     prepare(plan, progress.say)
@@ -54,11 +61,20 @@ def execute(
     def connect() -> list[Tracker]:
         return [Tracker(uri, sweep.name, plan) for sweep in sweeps]
 
-    with Follower(plan, progress), Mirror(connect) as mirror:
+    with Follower(plan, progress), Mirror(connect) as mirror, budget:
         failures = run_plan(plan)
+    if limits:
+        progress.say(f"used about {rounded(budget.hours)} {budget.unit}")
     _publish(plan, sweeps, mirror, console, command)
     _print_place(console, "look", viewing(uri))
-    raise_failures(failures)
+    raise_failures(stopped_apart(failures, budget.reason))
+    budget.raise_if_stopped()
+
+
+def check_inputs(plan: Plan) -> None:
+    """Raises NoShards if input data are not at hand."""
+    if plan.missing:
+        raise NoShards("; ".join(sorted(set(plan.missing))))
 
 
 def _publish(

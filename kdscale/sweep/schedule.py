@@ -26,6 +26,7 @@ import ray.tune
 from kdscale.core.answers_config import Answers
 from kdscale.core.config import Embed, Execution
 from kdscale.core.eval_config import Cka
+from kdscale.core.stop import check_stop
 from kdscale.core.storage import Lease, Storage
 from kdscale.core.types import (
     ImpossibleResources,
@@ -275,11 +276,11 @@ def waiting_trials(plan: Plan) -> list[PlannedTrial]:
 def _is_finished(trial: PlannedTrial, plan: Plan) -> bool:
     """Tells whether a trial has its outcomes: its own stage, and all that was measured of it.
 
-    The stages that those came from may have been removed since.
+    The stages that those came from may have been removed since, unless they are to be done again.
     """
     path = [plan.stages[key] for key in trial.path]
-    measured = Answers | Evaluate | Cka
-    return all(s.reused for s in path if s.key == trial.key or isinstance(s.recipe, measured))
+    wanted, measured = plan.redo | {trial.key}, Answers | Evaluate | Cka
+    return all(s.reused for s in path if s.key in wanted or isinstance(s.recipe, measured))
 
 
 def _failures(trials: Sequence[PlannedTrial], results: Any) -> list[TrialFailure]:
@@ -316,7 +317,7 @@ def run_stages(path: Sequence[Stage], storage: Storage) -> None:
     """Runs what is unfinished of a path, in one group of workers; waits for other writers.
 
     Raises:
-        StageFailed: If the workers failed; StageRefused where they would fail again.
+        StageFailed: If the workers failed; StageRefused where they would fail again or are to stop.
     """
     while True:
         pending = [stage for stage in path if not is_finished(stage, storage)]
@@ -325,6 +326,7 @@ def run_stages(path: Sequence[Stage], storage: Storage) -> None:
         with ExitStack() as leases:
             tokens: list[str] = []
             for stage in pending:
+                check_stop(stage.store(storage))
                 lease = Lease.acquire(stage.store(storage))
                 if lease is None:
                     break

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from kdscale.core.config import Distill, Recipe
 from kdscale.core.storage import StageStore, Storage
 from kdscale.core.trained import student_key
-from kdscale.sweep.cost import Work, gpu_hours
+from kdscale.sweep.cost import Work
 from kdscale.sweep.grid import Trial
 
 
@@ -26,6 +27,7 @@ class Stage:
             spec says there are.
         data_hash: Manifest of the data that the key stands for, None where none was at hand.
         note: Why a finished stage is run again.
+        identity: What the key is the digest of.
     """
 
     kind: str
@@ -41,11 +43,7 @@ class Stage:
     estimated: bool = False
     data_hash: str | None = None
     note: str = ""
-
-    @property
-    def gpu_hours(self) -> float | None:
-        """Hours on an accelerator that sustains `EFFECTIVE_TFLOPS`."""
-        return None if self.flops is None else gpu_hours(self.flops)
+    identity: dict[str, Any] = field(default_factory=dict)
 
     @property
     def training(self) -> Distill:

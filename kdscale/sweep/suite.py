@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import kdscale.eval
-from kdscale.core.answers_config import Answers, answers_key
+from kdscale.core.answers_config import Answers, answers_identity, answers_key
 from kdscale.core.config import Execution
 from kdscale.core.eval_config import BenchmarkImages
 from kdscale.core.scale import Scale, data_names, lookup, path_of
@@ -164,6 +164,7 @@ def _add_answers(planner: Planner, recipe: Answers, name: str, count: int | None
         bytes_out=0.0,
         reused=StageStore(planner.plan.storage, kind, key).is_done(),
         estimated=count is None,
+        identity=answers_identity(recipe),
     )
 
 
