@@ -136,7 +136,7 @@ def answers_flops(model: VlmStage, num_questions: int, *, blind: bool) -> float 
 
 
 def bytes_out(work: Work) -> float | None:
-    """Returns the size of a stage's output: the student in fp32, or fp16 embeddings."""
+    """Returns the size of a stage's output: its students in fp32, or fp16 embeddings."""
     recipe = work.recipe
     if isinstance(recipe, Embed):
         if work.num_samples is None:
@@ -158,7 +158,8 @@ def bytes_out(work: Work) -> float | None:
     facts = recipe.student.facts
     if facts.image_mparams is None or facts.text_mparams is None:
         return None
-    return 4e6 * (facts.image_mparams + facts.text_mparams)
+    students = 1 + len(recipe.keep_epochs)
+    return 4e6 * students * (facts.image_mparams + facts.text_mparams)
 
 
 def saving(works: Iterable[Work]) -> Saving | None:

@@ -9,6 +9,7 @@ from kdscale.core.config import STAGE_WEIGHTS, Distill, Recipe, TowerSpec
 from kdscale.core.journal import Line
 from kdscale.core.storage import Storage
 from kdscale.core.trained import missing_epochs, trained_by
+from kdscale.sweep.cost import bytes_out
 from kdscale.sweep.stage import PlannedTrial, Stage
 
 
@@ -43,7 +44,8 @@ def keeping(stage: Stage, recipe: Recipe, storage: Storage) -> Stage:
     both = tuple(sorted({*stage.training.keep_epochs, *recipe.keep_epochs}))
     if both == stage.training.keep_epochs:
         return stage
-    return looked_up(replace(stage, recipe=stage.training.replace(keep_epochs=both)), storage)
+    more = replace(stage, recipe=stage.training.replace(keep_epochs=both))
+    return looked_up(replace(more, bytes_out=bytes_out(more.work)), storage)
 
 
 def until(epoch: int | None, stage: Stage, journal: list[Line]) -> list[Line]:
