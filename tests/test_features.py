@@ -256,6 +256,7 @@ def test_a_planned_stage_is_run_and_read(tmp_path: Path, write_tar: Any) -> None
     write_talks(tmp_path, write_tar)
     data = DataSpec(name="t", urls=f"{tmp_path}/*.tar")
     fields = {"data": data, "precision": "fp32", "run": ALONE, "global_batch_size": 16}
+    fields |= {"max_length": 512}
     vision, llm = tower("swin_t"), language("qwen2_0_5b", tmp_path)
     both = {"pretrain": fields, "finetune": fields | CACHED}
     plan = plan_of(tmp_path / "store", vision=vision, llm=llm, **both)

@@ -159,9 +159,9 @@ def test_a_stage_goes_on_where_it_stopped(
     seen: list[str] = []
     real = ask_module.prompts_of
 
-    def noted(questions: tuple[Question, ...], *, blind: bool) -> list[Prompt]:
+    def noted(questions: tuple[Question, ...], **options: Any) -> list[Prompt]:
         seen.extend(question.item_id for question in questions)
-        return real(questions, blind=blind)
+        return real(questions, **options)
 
     monkeypatch.setattr(ask_module, "prompts_of", noted)
     ask(cut, asked)

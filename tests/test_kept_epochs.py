@@ -25,7 +25,7 @@ from kdscale.stages.loop import World
 from kdscale.stages.run import Run
 from kdscale.sweep.kept import is_finished
 from kdscale.sweep.plan import Plan, make_plan
-from kdscale.sweep.progress import _stage_label
+from kdscale.sweep.tree import _stage_label
 
 UNGATED = PAPER.replace(gates=False)
 PER_EPOCH = 3  # steps of 8 samples

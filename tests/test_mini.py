@@ -292,8 +292,13 @@ def test_the_family_is_ordered_like_the_real_one():
 
 def test_data_roles_are_different_worlds():
     data = [recipe.data for recipe in catalog_mini.MINI_TEACHERS.values()]
-    seeds = {spec.mini.seed for spec in catalog_mini.MINI_DATA.values() if spec.mini}
-    assert len(seeds) == len(catalog_mini.MINI_DATA) == 5
+    worlds = {role: spec.mini for role, spec in catalog_mini.MINI_DATA.items() if spec.mini}
+    larger = {role for role in worlds if role.startswith("cc12m_")}
+    seeds = {world.seed for world in worlds.values()}
+    assert len(seeds) == len(worlds.keys() - larger) == 5
+    for role in larger:  # CC12M and more
+        assert worlds[role].seed == worlds["cc12m"].seed
+        assert worlds[role].num_samples > worlds["cc12m"].num_samples
     trained_on = {spec.mini.seed for spec in data if not isinstance(spec, str) and spec.mini}
     assert not seeds & trained_on
     benchmark = catalog_mini.MINI_ZERO_SHOT["imagenet"].data.mini

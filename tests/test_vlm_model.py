@@ -497,6 +497,26 @@ def test_random_weights_of_true_size(name: str, rows: int) -> None:
     assert language_model(name, PAPER) == known
 
 
+def test_a_saved_model_answers_greedily_whatever_its_language_model_asks_for(
+    tmp_path: Path,
+) -> None:
+    spec = language("qwen2_0_5b", tmp_path)
+    body, tokens = load_language(spec)
+    body.generation_config.update(do_sample=True, temperature=0.7, repetition_penalty=5.0)
+    body.save_pretrained(tmp_path / "sampling")
+    tokens.save_pretrained(tmp_path / "sampling")
+    place, eye = str(tmp_path / "sampling"), tower("vit_t16")
+    recipe = Finetune(vision=eye, llm=spec, data="llava_mix_665k")
+    vision = vision_model(small_clip("vit_t16"), eye, recipe.hierarchical_tokens)
+    asks, tokens = load_language(spec.replace(weights=place, tokenizer=place, config=None))
+    model, processor = vlm.build_vlm(vision, asks, tokens, recipe, eye, chat_template=CHAT)
+    vlm.save_vlm(model, processor, tmp_path / "saved")
+    saved = vlm.load_vlm(tmp_path / "saved")[0].generation_config
+    assert not saved.do_sample
+    assert saved.repetition_penalty in (None, 1.0)
+    assert saved.eos_token_id == tokens.eos_token_id
+
+
 def test_chat_template_replaces_the_shipped_one(tmp_path: Path) -> None:
     """Evaluation tools take the tokenizer's, so both must have it."""
     model, processor, _, _ = build("vit_t16", "qwen2_0_5b", tmp_path)

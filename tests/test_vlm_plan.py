@@ -13,7 +13,7 @@ from kdscale.core.catalog import LANGUAGE_MODELS
 from kdscale.core.scale import MINI, PAPER, TRUE_SIZE_CPU, Scale
 from kdscale.core.storage import Storage
 from kdscale.core.types import ConfigError, UnknownField, UnknownName
-from kdscale.core.vlm_config import SuiteSpec
+from kdscale.core.vlm_config import Finetune, SuiteSpec
 from kdscale.sweep.figures import accuracy_figure
 from kdscale.sweep.outcomes import NOT_FINISHED
 from kdscale.sweep.plan import Plan, make_plan
@@ -39,6 +39,19 @@ def test_the_walk_at_true_size(tmp_path: Path) -> None:
         assert recipe.precision == "fp32"
         assert (recipe.global_batch_size, recipe.micro_batch_size) == (2, 2)
         assert not recipe.run.deepspeed
+
+
+def test_what_a_sweep_says_of_a_stage_stands_at_every_scale(tmp_path: Path) -> None:
+    """But for learning rates, which are stated at paper scale."""
+    own = {"epochs": choose(1, 3), "global_batch_size": 64, "lr": 4e-5}
+    vlm = Vlm(vision="vit_t16", recipe="tinyllava", finetune=own)
+    plan = make_plan([Sweep(name="x", stages=[vlm])], Storage(str(tmp_path)), MINI, {})
+    found = [s.recipe for s in plan.stages.values() if isinstance(s.recipe, Finetune)]
+    assert [recipe.epochs for recipe in found] == [1, 3]
+    for recipe in found:
+        assert recipe.global_batch_size == 64
+        assert recipe.micro_batch_size == MINI.vlm_sizes["finetune"].fields["micro_batch_size"]
+        assert recipe.lr == pytest.approx(4e-5 * MINI.vlm_sizes["finetune"].lr_factor)
 
 
 def test_a_sweep_of_vlms_alone_has_a_report_without_accuracies(tmp_path: Path) -> None:

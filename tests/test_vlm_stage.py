@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +217,45 @@ def test_a_diverging_loss_is_named(tmp_path: Path, talks: Manifest, captions: Ma
     wild = replace(changed(pretrain, lr=1e30), total_steps=4)
     with pytest.raises(TrainingDiverged, match="lower lr or clip gradients"):
         attempt(wild)
+
+
+def test_the_journal_tells_the_rates_that_a_step_used(tmp_path: Path, talks: Manifest) -> None:
+    _, job = jobs(tmp_path, "bunny", ("vit_t16", "qwen2_0_5b"), (talks, talks))
+    rates = {"lr": 2e-4, "projector_lr": 2e-5, "warmup_ratio": 0.5}
+    attempt(replace(changed(job, projector=None, **rates), total_steps=4))
+    lines = read_steps(job.stage)
+    for name in ("lr", "projector_lr"):
+        peak = rates[name]
+        assert [line[name] for line in lines] == pytest.approx([0, peak / 2, peak, peak / 2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_a_sharded_stage_that_ended_after_its_last_checkpoint_is_finished(
+    tmp_path: Path, talks: Manifest, zero_stage: int
+) -> None:
+    """In a process of its own: DeepSpeed leaves marks in one."""
+    process = get_context("spawn").Process(
+        target=finish_sharded, args=(tmp_path, talks, zero_stage)
+    )
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+
+
+def finish_sharded(folder: Path, talks: Manifest, zero_stage: int) -> None:
+    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    os.environ.update(place, MASTER_ADDR="127.0.0.1", MASTER_PORT=f"2961{zero_stage}")
+    run = Execution(num_workers=0, checkpoint_every=2, deepspeed=True)
+    _, job = jobs(folder, "bunny", ("vit_t16", "qwen2_0_5b"), (talks, talks))
+    job = replace(changed(job, projector=None, run=run, zero_stage=zero_stage), total_steps=4)
+    with pytest.MonkeyPatch.context() as broken:
+        broken.setattr(VlmRun, "_write_output", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            attempt(job)
+    assert not job.stage.is_done()
+    attempt(job)
+    assert job.stage.is_done()
 
 
 def test_a_checkpoint_of_other_workers_is_refused_under_deepspeed(

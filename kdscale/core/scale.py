@@ -7,7 +7,7 @@ shrinks the recipe's sizes. Scale is data: the same code runs both.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class VlmSizes(Spec):
     """How a scale shrinks a VLM stage.
 
     Attributes:
-        fields: Recipe fields set whatever the recipe says.
+        fields: Fields set whatever the named recipe says; a sweep's own settings stay.
         lr_factor: Multiplies its learning rates.
         lora_lr_factor: The same for the rate of LoRA adapters, which is ten times a whole model's
             at the paper's size.
@@ -213,13 +213,20 @@ def _early(resolved: Distill) -> dict[str, Any]:
     return {"keep_epochs": tuple(sorted(wanted)), "read_epoch": read if read in wanted else None}
 
 
-def resolve_vlm(stage: VlmStage, scale: Scale, overrides: Mapping[str, Any]) -> VlmStage:
+def resolve_vlm(
+    stage: VlmStage,
+    scale: Scale,
+    overrides: Mapping[str, Any],
+    said: Container[str] = (),
+) -> VlmStage:
     """Fills in a VLM stage's data, sizes, precision and execution; models are specs already.
 
     Args:
         stage: A stage without open choices.
         scale: What the roles mean.
         overrides: Fields set last; a mapping under `run` changes single fields of the execution.
+        said: Fields that the sweep itself sets: the scale leaves them as they are, but for
+            learning rates, which are stated at paper scale.
 
     Raises:
         UnknownName: If the data's role is not in the scale.
@@ -240,7 +247,8 @@ def resolve_vlm(stage: VlmStage, scale: Scale, overrides: Mapping[str, Any]) -> 
         "projector_lr": projector_lr,
         "run": run,
     }
-    changes |= sizes.fields | overrides
+    changes |= {name: value for name, value in sizes.fields.items() if name not in said}
+    changes |= overrides
     if isinstance(changes["run"], Mapping):
         changes["run"] = run.replace(**changes["run"])
     return stage.replace(**changes)

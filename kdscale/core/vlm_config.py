@@ -204,6 +204,20 @@ class VlmStage(Recipe):
         Literal["auto", "sdpa", "flash_attention_2"], Field(json_schema_extra=NOT_IN_KEY)
     ] = "auto"
 
+    def check_length(self) -> None:
+        """Refuses conversations that are longer than the language model was trained for.
+
+        Raises:
+            ConfigError: With both lengths. Roles are not known yet, and not refused.
+        """
+        model = self.llm
+        if isinstance(model, LanguageModelSpec) and self.max_length > model.context_length:
+            raise ConfigError(
+                f"max_length {self.max_length} goes beyond the {model.context_length} positions "
+                f"that {model.name} was trained for: lower {self.kind}.max_length, or raise the "
+                "model's context_length"
+            )
+
     @model_validator(mode="after")
     def _sizes_and_parts_agree(self) -> Self:
         if self.global_batch_size % self.micro_batch_size:

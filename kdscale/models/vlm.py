@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
+    GenerationConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -110,7 +111,13 @@ def build_vlm(
     body.language_model = parts.base_model
     model.lm_head = parts.get_output_embeddings()
     model.config.vision_config, model.config.text_config = vision.config, language.config
-    model.generation_config = language.generation_config
+    # Greedy, whatever sampling the language model's own settings ask for: answers are compared.
+    ends = language.generation_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=ends.bos_token_id,
+        eos_token_id=ends.eos_token_id,
+        pad_token_id=ends.pad_token_id,
+    )
     model.tie_weights()
     accept_features(model)
     return model, _processor(tokenizer, recipe, tower, chat_template)

@@ -19,6 +19,7 @@ from kdscale.core.journal import JournalWriter
 from kdscale.core.storage import Storage, check_lease
 from kdscale.eval.generate import Generator, Prompt
 from kdscale.eval.matching import is_right
+from kdscale.models.language import DTYPES
 from kdscale.models.vlm import load_vlm
 from kdscale.stages.ask import decode_any
 from kdscale.stages.jobs import EvaluateJob
@@ -50,7 +51,7 @@ class EvaluateRun:
         kind, key = self.job.recipe.model.removeprefix(STAGE_WEIGHTS).split("/")
         storage = Storage(self.job.storage_root)
         with storage.local_directory("stages", kind, key, "output", "model") as directory:
-            loaded, processor = load_vlm(directory)
+            loaded, processor = load_vlm(directory, dtype=DTYPES[self.job.recipe.precision])
         model: Any = loaded
         model.to(self.world.device)
         generator = Generator(model, processor, decode_any)

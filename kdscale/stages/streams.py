@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from kdscale.core.config import TowerSpec
-from kdscale.core.types import ConfigError
 from kdscale.core.vlm_config import ImageMode, LanguageModelSpec, VlmStage
 from kdscale.data.instruct import check_template
 from kdscale.data.instruct_stream import InstructConfig
@@ -65,11 +64,7 @@ def vlm_inputs(recipe: VlmStage) -> VlmInputs:
     tower, model = recipe.vision, recipe.llm
     assert isinstance(tower, TowerSpec)
     assert isinstance(model, LanguageModelSpec)
-    if recipe.max_length > model.context_length:
-        raise ConfigError(
-            f"max_length {recipe.max_length} goes beyond the {model.context_length} positions that "
-            f"{model.name} was trained for: lower max_length, or raise the model's context_length"
-        )
+    recipe.check_length()
     tokenizer: Any = load_tokenizer(model)
     inputs = VlmInputs(
         pickle.dumps(tokenizer),

@@ -255,7 +255,9 @@ class StageTrainer(Trainer):
         callbacks: list[Any],
     ) -> None:
         self._recipe, self._batches = recipe, batches
-        optimizer = torch.optim.AdamW(parameter_groups(built.model, recipe), lr=recipe.lr)
+        groups = parameter_groups(built.model, recipe)
+        self._peaks = [float(group["lr"]) for group in groups]
+        optimizer = torch.optim.AdamW(groups, lr=recipe.lr)
         super().__init__(
             model=built.model,
             args=arguments,
@@ -295,6 +297,14 @@ class StageTrainer(Trainer):
         labels = inputs.pop("labels")
         del labels
         return model(**inputs).logits.float().sum() * 0.0
+
+    def rates(self) -> dict[str, float]:
+        """Returns the next step's learning rates: `lr`, and `projector_lr` where it has its own."""
+        scheduler: Any = self.lr_scheduler
+        # One schedule for all groups, of which DeepSpeed makes more.
+        factor = max(scheduler.get_last_lr()) / max(self._peaks)
+        lr = self._recipe.lr
+        return {"lr" if peak == lr else "projector_lr": factor * peak for peak in self._peaks}
 
     def take_loss(self, world: World) -> float:
         """Returns the global loss of the step that just ended."""

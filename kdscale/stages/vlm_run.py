@@ -63,6 +63,7 @@ class VlmRun(TrainerCallback):
         self.started = time.time()
         self.scratch = tempfile.TemporaryDirectory()
         self.trainer: StageTrainer | None = None
+        self.rates: dict[str, float] = {}
 
     def train(self, batches: Callable[[int], Iterator[InstructBatch]]) -> None:
         """Trains from the latest checkpoint to the end and writes the stage's output.
@@ -92,9 +93,14 @@ class VlmRun(TrainerCallback):
             elif resumed is not None:
                 self.trainer._load_from_checkpoint(resumed)
             self.checkpoints.wait()
-            self._finish(built)
+            self._finish(built, trained=start < self.job.total_steps)
             self.trainer = None
             gc.collect()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Notes the learning rates that the step will use; after it they are the next one's."""
+        assert self.trainer is not None
+        self.rates = self.trainer.rates()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Writes the step's line of the journal."""
@@ -109,7 +115,7 @@ class VlmRun(TrainerCallback):
             "epoch": data.epoch,
             "ids": batch_digest(data.rows, data.keys, self.world),
             "total": trainer.take_loss(self.world),
-            "lr": trainer._get_learning_rate(),
+            **self.rates,
         }
         size = self.job.recipe.global_batch_size
         speed = self.meter.read(size)
@@ -182,12 +188,17 @@ class VlmRun(TrainerCallback):
                 "more batches"
             )
 
-    def _finish(self, built: Built) -> None:
-        """Writes what the stage has learnt and marks it done."""
+    def _finish(self, built: Built, trained: bool) -> None:
+        """Writes what the stage has learnt and marks it done.
+
+        Args:
+            built: Holds it, unless DeepSpeed has shared it out.
+            trained: Whether this attempt has taken a step; else the last checkpoint is read.
+        """
         trainer = self.trainer
         assert trainer is not None
         whole: Any = None
-        if uses_deepspeed(self.job.recipe):
+        if trained and uses_deepspeed(self.job.recipe):
             whole = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         if self.world.is_first:
             check_lease(self.job.stage, self.job.lease)

@@ -38,8 +38,10 @@ def check_vlm(recipe: VlmStage) -> None:
 
     Raises:
         PrecisionError: If fp16 is asked for without GPUs.
-        ConfigError: If the workers cannot share the micro-batches equally.
+        ConfigError: If the workers cannot share the micro-batches equally, or conversations are
+            longer than the language model's context.
     """
+    recipe.check_length()
     run = recipe.run
     if run is None:
         return

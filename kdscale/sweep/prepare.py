@@ -9,7 +9,7 @@ from kdscale.core.config import Distill
 from kdscale.core.eval_config import Cka
 from kdscale.core.storage import Storage
 from kdscale.core.types import MissingBenchmark
-from kdscale.core.vlm_config import Evaluate, Language
+from kdscale.core.vlm_config import Evaluate, Language, VlmStage
 from kdscale.core.zero_shot_config import Gate
 from kdscale.data.shards import Content, check_labels
 from kdscale.stages.images import NOT_AT_HAND, find_images
@@ -45,6 +45,10 @@ def prepare(plan: Plan, progress: Any) -> None:
 
 def _prepare_training(recipe: Any, storage: Storage, progress: Any) -> None:
     """Draws and verifies what a stage trains on or embeds, and its benchmark."""
+    if isinstance(recipe, VlmStage):
+        from kdscale.stages.streams import vlm_inputs
+
+        vlm_inputs(recipe)  # refuses a template that teaches nothing with this tokenizer
     wanted: list[tuple[Any, Content]] = [(recipe.data, content_of(recipe))]
     if isinstance(recipe, Distill) and recipe.zero_shot is not None:
         zero_shot: Any = recipe.zero_shot

@@ -71,11 +71,11 @@ def _stages(planner: Planner, recipe: Vlm, path: list[str]) -> tuple[VlmStage, V
     settings = VLM_RECIPES[recipe.recipe]
     limits = {k: v for k, v in planner.overrides.items() if k in ("max_steps", "run")}
     first = Pretrain(**run | settings[0] | recipe.pretrain | shared)
-    first = resolve_vlm(first, scale, limits | _set(planner, "pretrain"))
+    first = resolve_vlm(first, scale, limits | _set(planner, "pretrain"), recipe.pretrain)
     check_vlm(first)
     projector = f"{STAGE_WEIGHTS}pretrain/{planner.key_of('pretrain', first)}"
     second = Finetune(**run | settings[1] | recipe.finetune | shared, projector=projector)
-    second = resolve_vlm(second, scale, limits | _set(planner, "finetune"))
+    second = resolve_vlm(second, scale, limits | _set(planner, "finetune"), recipe.finetune)
     check_vlm(second)
     check_stages(first, second)
     return first, second
