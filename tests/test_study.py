@@ -50,16 +50,19 @@ if __name__ == "__main__":
 class Study:
     """A sweep file with its own storage."""
 
-    def __init__(self, folder: Path, pattern: str) -> None:
+    def __init__(
+        self, folder: Path, pattern: str, sweep: str = SWEEP, root: str | None = None
+    ) -> None:
         self.folder, self.pattern = folder, pattern
         self.file = folder / "kills.py"
-        self.file.write_text(SWEEP)
-        self.storage = Storage(str(folder / "runs"))
+        self.file.write_text(sweep)
+        self.storage = Storage(root or str(folder / "runs"))
 
     def start(self) -> subprocess.Popen[str]:
         command = [sys.executable, str(self.file), "--storage", self.storage.root]
         return subprocess.Popen(
             [*command, "--data", self.pattern],
+            cwd=self.folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -97,6 +100,14 @@ def descendants(root: int) -> list[int]:
     for pid in found:
         found += [child for child, parent in parents.items() if parent == pid]
     return found[1:]
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """Kills a driver with Ray's own processes, which would outlive it by some seconds and steps."""
+    for pid in [process.pid, *descendants(process.pid)]:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.communicate()
 
 
 def train_workers(root: int) -> list[int]:
@@ -186,11 +197,7 @@ def test_kills_of_a_worker_and_of_the_driver_change_nothing(
     os.kill(drawn.choice(train_workers(process.pid)), signal.SIGKILL)
     before = len(study.stage.storage.names(*study.stage.parts, "journal"))
     study.wait_for(at_step(before + drawn.randint(1, EVERY)))
-    # With Ray's own processes: they would outlive the driver by some seconds and steps.
-    for pid in [process.pid, *descendants(process.pid)]:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait()
+    kill(process)
     assert not study.stage.is_done()
     study.finish()
     assert_same_training(undisturbed, study)
