@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_study import SWEEP, Study, descendants, kill
+from test_study import SWEEP, Study, descendants, kill, runs_in
 
 from kdscale.core.journal import JournalReader
 from kdscale.core.storage import StageStore
@@ -145,7 +145,7 @@ def study(request: pytest.FixtureRequest, tmp_path: Path, shards: str) -> Study:
     if request.param == "directory":
         return Study(tmp_path, shards, SHARED)
     request.getfixturevalue("bucket")
-    return Study(tmp_path, shards, SHARED, f"s3://bucket/{request.node.name}")
+    return Study(tmp_path, shards, SHARED, f"s3://bucket/{tmp_path.name}")
 
 
 def test_two_drivers_run_each_stage_once(study: Study) -> None:
@@ -156,6 +156,8 @@ def test_two_drivers_run_each_stage_once(study: Study) -> None:
     assert sorted(stage.kind for stage in found) == ["distill", "distill", "embed"]
     for stage in found:
         assert_run_once(stage)
+    tracked = sorted(run.data.tags["kdscale.key"] for _, run in runs_in(study))
+    assert tracked == sorted(stage.key for stage in found)
 
 
 @pytest.mark.slow

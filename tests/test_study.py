@@ -148,7 +148,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, pattern: str) -> Study
 def runs_in(study: Study) -> list[Any]:
     from mlflow import MlflowClient
 
-    client = MlflowClient(tracking_uri=f"sqlite:///{study.storage.root}/mlflow.db")
+    place = study.storage.root if study.storage.is_local else study.folder
+    client = MlflowClient(tracking_uri=f"sqlite:///{place}/mlflow.db")
     ids = [e.experiment_id for e in client.search_experiments() if e.name.startswith("kdscale/")]
     return [(client, run) for run in client.search_runs(ids) if "kdscale.key" in run.data.tags]
 
