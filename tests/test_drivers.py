@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import time
 from collections import Counter
@@ -13,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_study import SWEEP, Study, descendants, kill, runs_in
+from test_study import SWEEP, Study, descendants, kill, kill_all, runs_in
 
 from kdscale.core.journal import JournalReader
 from kdscale.core.storage import StageStore
@@ -168,10 +166,12 @@ def test_a_killed_drivers_stage_is_taken_over(study: Study, with_ray: bool) -> N
         stage = wait_for(lambda: in_training(study), "a stage in training")
         holder = writer(stage)
         killed, other = sorted(both, key=lambda driver: holder not in descendants(driver.pid))
-        kill(killed) if with_ray else os.kill(killed.pid, signal.SIGKILL)
+        orphans = descendants(killed.pid)
+        kill(killed) if with_ray else killed.kill()
         at = time.time()
         wait_for(lambda: len(attempts(stage)) > 1 or stage.is_done(), "a take-over", TAKE_OVER_S)
         finish(other)
+        kill_all(orphans)
     before, *after = attempts(stage)
     took_s = (after[0][0]["time"] if after else before[-1]["time"]) - at
     print(f"taken over after {took_s:.1f} s")

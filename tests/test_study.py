@@ -104,10 +104,15 @@ def descendants(root: int) -> list[int]:
 
 def kill(process: subprocess.Popen[str]) -> None:
     """Kills a driver with Ray's own processes, which would outlive it by some seconds and steps."""
-    for pid in [process.pid, *descendants(process.pid)]:
+    kill_all([process.pid, *descendants(process.pid)])
+    process.communicate()
+
+
+def kill_all(pids: list[int]) -> None:
+    """Kills processes, some of which may be gone."""
+    for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    process.communicate()
 
 
 def train_workers(root: int) -> list[int]:
