@@ -1,4 +1,4 @@
-"""Two drivers on one storage, and a driver that is killed over and over: each stage once."""
+"""Two drivers on one storage: each stage once, whoever is killed."""
 
 from __future__ import annotations
 
@@ -37,23 +37,6 @@ distill = Distill(
     teacher_outputs="cached", run=one_at_a_time,
 )
 sweep = Sweep(name="shared", stages=[distill], scale="true_size_cpu")
-if __name__ == "__main__":
-    sweep.main()
-""",
-).replace("import DataSpec", "import choose, DataSpec")
-POISONED = SWEEP.replace(
-    TRAINING,
-    ONE_AT_A_TIME
-    + """
-def poisoned(inputs):
-    return {"total": inputs.no_such_thing}
-
-distill = Distill(
-    student=vit(16), teacher=vit(24), loss=choose("icl", poisoned, "kl"), data=data,
-    zero_shot=None, global_batch_size=4, epochs=2, warmup_steps=2, precision="fp32",
-    run=one_at_a_time,
-)
-sweep = Sweep(name="poisoned", stages=[distill], scale="true_size_cpu")
 if __name__ == "__main__":
     sweep.main()
 """,
@@ -127,17 +110,13 @@ def in_training(study: Study) -> StageStore | None:
     return None
 
 
-def num_lines(study: Study) -> int:
-    return sum(len(JournalReader(stage).new_lines()) for stage in stages(study))
-
-
 def writer(stage: StageStore) -> int:
     """Returns the process that holds a stage."""
     newest = max(n for n in stage.storage.names(*stage.parts) if n.startswith("LEASE"))
     return int(stage.storage.read_json(*stage.parts, newest)["pid"])
 
 
-@pytest.fixture(params=["directory", "s3"])
+@pytest.fixture(params=["directory", pytest.param("s3", marks=pytest.mark.slow)])
 def study(request: pytest.FixtureRequest, tmp_path: Path, shards: str) -> Study:
     if request.param == "directory":
         return Study(tmp_path, shards, SHARED)
@@ -187,34 +166,3 @@ def test_a_killed_drivers_stage_is_taken_over(study: Study, with_ray: bool) -> N
     for another in stages(study):
         if another.key != stage.key:
             assert_run_once(another)
-
-
-@pytest.mark.slow
-def test_an_interrupted_sweep_goes_on_and_a_poisoned_trial_stops_no_other(
-    tmp_path: Path, shards: str
-) -> None:
-    study = Study(tmp_path, shards, POISONED)
-    for _ in range(2):
-        before = num_lines(study)
-        with drivers(study, 1) as (process,):
-            wait_for(lambda start=before: num_lines(study) > start + EVERY, "some steps")
-            stage = wait_for(lambda: in_training(study), "a stage in training")
-            kill(process)
-        assert not stage.is_done()
-    for _ in range(2):  # what is finished stays so, what is poisoned is tried and told again
-        process = study.start()
-        output, _ = process.communicate(timeout=1000)
-        assert process.returncode == 1
-        assert "1 trial(s) failed" in output
-        assert "has no attribute 'no_such_thing'" in output
-    done = [stage for stage in stages(study) if stage.is_done()]
-    (poisoned,) = [stage for stage in stages(study) if not stage.is_done()]
-    assert "no_such_thing" in (poisoned.failure() or {})["message"]
-    assert len(done) == 2
-    total = [line for stage in done for part in attempts(stage) for line in part]
-    assert 2 * STEPS <= len(total) <= 2 * STEPS + 2 * EVERY
-    assert sum(len(attempts(stage)) for stage in done) == 4
-    for stage in done:
-        assert {line["step"] for part in attempts(stage) for line in part} == set(
-            range(1, STEPS + 1)
-        )
