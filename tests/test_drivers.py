@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_study import SWEEP, Study, descendants, kill, kill_all, runs_in
+from test_study import SWEEP, Study, descendants, kill, runs_in
 
 from kdscale.core.journal import JournalReader
 from kdscale.core.lease import Lease
@@ -138,30 +138,22 @@ def test_two_drivers_run_each_stage_once(study: Study) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("with_ray", [True, False])
-def test_a_killed_drivers_stage_is_taken_over(study: Study, with_ray: bool) -> None:
-    """Ray's processes die with the driver, or are left to find out that it is gone."""
+def test_a_killed_drivers_stage_is_taken_over(study: Study) -> None:
     with drivers(study, 2) as both:
         stage = wait_for(lambda: in_training(study), "a stage in training")
         holder = writer(stage)
         killed, other = sorted(both, key=lambda driver: holder not in descendants(driver.pid))
-        orphans = descendants(killed.pid)
-        kill(killed) if with_ray else killed.kill()
+        kill(killed)
         at = time.time()
-        wait_for(lambda: len(attempts(stage)) > 1 or stage.is_done(), "a take-over", TAKE_OVER_S)
+        wait_for(lambda: len(attempts(stage)) > 1, "a take-over", TAKE_OVER_S)
         finish(other)
-        kill_all(orphans)
-    before, *after = attempts(stage)
-    took_s = (after[0][0]["time"] if after else before[-1]["time"]) - at
-    print(f"taken over after {took_s:.1f} s")
-    assert took_s < TAKE_OVER_S
+    before, after = attempts(stage)
+    print(f"taken over after {after[0]['time'] - at:.1f} s")
+    assert at < after[0]["time"] < at + TAKE_OVER_S
     assert_each_step_once(stage, before)
-    last = before[-1]["step"]
-    if with_ray or after:
-        (lines,) = after  # a new attempt, from the newest checkpoint on
-        assert last - EVERY < lines[0]["step"] <= last + 1
-        assert lines[0]["time"] > before[-1]["time"]
-        assert [line["step"] for line in lines] == list(range(lines[0]["step"], STEPS + 1))
+    assert [line["step"] for line in after] == list(range(after[0]["step"], STEPS + 1))
+    repeated = before[-1]["step"] - after[0]["step"] + 1
+    assert 0 <= repeated < 2 * EVERY  # the newest checkpoint may have been under way
     assert stage.is_done()
     for another in stages(study):
         if another.key != stage.key:
