@@ -5,11 +5,16 @@ from __future__ import annotations
 import io
 import json
 import os
+import socket
+import subprocess
+import sys
 import tarfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import simplejpeg
@@ -82,3 +87,38 @@ def shards(
         parts = [p for i in range(size) for p in pair(f"{number}{i:04d}", 100 * number + i)]
         write_tar(folder / f"{number:05d}.tar", parts)
     return f"{folder}/{{00000..00003}}.tar"
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Serves a folder as s3://bucket to this process and those that it starts."""
+    root = tmp_path_factory.mktemp("s3")
+    (root / "bucket").mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    program = Path(sys.executable).with_name("rclone")
+    options = ["--addr", f"127.0.0.1:{port}", "--auth-key", "kdkey,kdsecret", "--config", ""]
+    server = subprocess.Popen(
+        [str(program), "serve", "s3", *options, str(root)], stderr=subprocess.DEVNULL
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "kdkey")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "kdsecret")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        fsspec.filesystem("s3").clear_instance_cache()
+        _wait_for(port)
+        yield root / "bucket"
+    server.terminate()
+    server.wait()
+    fsspec.filesystem("s3").clear_instance_cache()
+
+
+def _wait_for(port: int) -> None:
+    for _ in range(200):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    raise AssertionError("rclone did not start")

@@ -1,19 +1,14 @@
-"""Recipes, scales, content keys, storage, leases, journal."""
+"""Recipes, scales, content keys, storage, journal."""
 
 from __future__ import annotations
 
 import io
-import json
-import multiprocessing
 import re
-import socket
-import time
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from kdscale.core import storage as storage_module
 from kdscale.core.config import Choice, DataSpec, Distill, Execution, TowerSpec
 from kdscale.core.journal import JournalReader, JournalWriter, read_steps
 from kdscale.core.keys import content_key, describe_callable, local_files
@@ -26,12 +21,12 @@ from kdscale.core.scale import (
     scale_named,
     teacher_of,
 )
-from kdscale.core.storage import Lease, StageStore, Storage, check_lease
-from kdscale.core.types import ConfigError, LeaseLost, StorageError, UnknownField, UnknownName
+from kdscale.core.storage import StageStore, Storage
+from kdscale.core.types import ConfigError, StorageError, UnknownField, UnknownName
 from kdscale.data.raw import expand
 from kdscale.sweep.grid import Sweep
-from kdscale.sweep.plan import Stage, make_plan
-from kdscale.sweep.progress import print_plan, stage_state
+from kdscale.sweep.plan import make_plan
+from kdscale.sweep.progress import print_plan
 
 
 def recipe(**fields: object) -> Distill:
@@ -208,88 +203,6 @@ def test_storage_works_on_other_filesystems() -> None:
     assert storage.names(*stage.parts, "checkpoints") == []
 
 
-def test_one_writer_at_a_time(tmp_path: Path) -> None:
-    stage = StageStore(Storage(str(tmp_path)), "distill", "k" * 16)
-    first = Lease.acquire(stage)
-    assert first is not None
-    with first:
-        assert Lease.acquire(stage) is None
-    assert Lease.acquire(stage) is not None
-
-
-def test_a_lease_outlives_a_fault_of_the_storage(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(storage_module, "HEARTBEAT_S", 0.02)
-    stage = StageStore(Storage(str(tmp_path)), "distill", "k" * 16)
-    lease = Lease.acquire(stage)
-    assert lease is not None
-    reads = 0
-
-    def refuse(*_: object) -> bytes:
-        nonlocal reads
-        reads += 1
-        raise PermissionError("not now")
-
-    with lease:
-        monkeypatch.setattr(stage.storage.fs, "cat_file", refuse)
-        while reads < 2:
-            time.sleep(0.01)
-        monkeypatch.undo()
-        check_lease(stage, lease.token)
-
-
-def _state(stage: StageStore) -> str:
-    fields: dict[str, object] = dict.fromkeys(("num_samples", "total_steps", "flops", "bytes_out"))
-    fields |= {"kind": stage.kind, "key": stage.key, "name": "x", "inputs": (), "reused": False}
-    planned = Stage(recipe=resolve(recipe(), MINI), **fields)  # pyright: ignore
-    return stage_state(planned, stage.storage)[0]
-
-
-def test_status_tells_the_dead_from_the_living(tmp_path: Path) -> None:
-    stage = StageStore(Storage(str(tmp_path)), "distill", "k" * 16)
-    assert _state(stage) == "waiting"
-    process = multiprocessing.get_context("fork").Process(
-        target=_leave_a_lease, args=(str(tmp_path),)
-    )
-    process.start()
-    process.join()
-    assert _state(stage) == "interrupted"
-    for age_s, expected in ((1, "running"), (60, "interrupted")):
-        foreign = {"host": "elsewhere", "pid": 1, "beat": time.time_ns() - int(age_s * 1e9)}
-        stage.storage.write(json.dumps(foreign).encode(), *stage.parts, "LEASE")
-        assert _state(stage) == expected
-    stage.storage.remove(*stage.parts, "LEASE")
-    lease = Lease.acquire(stage)
-    assert lease is not None
-    with lease:
-        assert _state(stage) == "running"
-
-
-def _leave_a_lease(root: str) -> None:
-    assert Lease.acquire(StageStore(Storage(root), "distill", "k" * 16)) is not None
-
-
-def test_a_dead_writer_is_replaced_at_once(tmp_path: Path) -> None:
-    process = multiprocessing.get_context("fork").Process(
-        target=_leave_a_lease, args=(str(tmp_path),)
-    )
-    process.start()
-    process.join()
-    assert Lease.acquire(StageStore(Storage(str(tmp_path)), "distill", "k" * 16)) is not None
-
-
-def test_a_silent_writer_elsewhere_is_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(storage_module, "LEASE_TIMEOUT_S", 0.1)
-    monkeypatch.setattr(storage_module, "HEARTBEAT_S", 0.05)
-    stage = StageStore(Storage(str(tmp_path)), "distill", "k" * 16)
-    foreign = {"token": "x", "host": f"not-{socket.gethostname()}", "pid": 1, "beat": 5}
-    stage.storage.write(json.dumps(foreign).encode(), *stage.parts, "LEASE")
-    assert Lease.acquire(stage) is not None
-
-
 def test_the_journal_keeps_the_last_attempt_of_a_step(tmp_path: Path) -> None:
     stage = StageStore(Storage(str(tmp_path)), "distill", "k" * 16)
     for attempt, steps in enumerate(((1, 2, 3), (3, 4))):
@@ -322,14 +235,3 @@ def test_a_kill_while_finishing_keeps_what_resuming_needs(
     with pytest.raises(KeyboardInterrupt):
         stage.finish({})
     assert stage.is_done()
-
-
-def test_a_writer_that_lost_its_lease_stops(tmp_path: Path) -> None:
-    stage = StageStore(Storage(str(tmp_path)), "distill", "k")
-    lease = Lease.acquire(stage)
-    assert lease is not None
-    check_lease(stage, lease.token)
-    check_lease(stage, None)
-    stage.storage.write(b'{"token": "another"}', *stage.parts, "LEASE")
-    with pytest.raises(LeaseLost, match="taken over"):
-        check_lease(stage, lease.token)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -13,7 +14,13 @@ from kdscale.core.checkpoints import Checkpoints
 from kdscale.core.config import Execution
 from kdscale.core.journal import JournalReader, read_steps
 from kdscale.core.stop import ask_to_stop, let_run
-from kdscale.core.types import ConfigError, PrecisionError, StageStopped, TrainingDiverged
+from kdscale.core.types import (
+    CheckpointError,
+    ConfigError,
+    PrecisionError,
+    StageStopped,
+    TrainingDiverged,
+)
 from kdscale.eval.zeroshot import predict
 from kdscale.stages.distill import DistillTask
 from kdscale.stages.jobs import DistillJob
@@ -114,6 +121,36 @@ def test_resume_restores_heads_in_corrected_mode(tmp_path: Path) -> None:
     again.load_state(task.state(3))
     for name, value in again.heads.state_dict().items():
         assert torch.equal(value, trained[name]), name
+
+
+def test_a_damaged_checkpoint_is_named_and_not_tried_again(tmp_path: Path) -> None:
+    from kdscale.stages.worker import noting
+
+    job = small_job(str(tmp_path), total_steps=5)
+
+    def until_killed(start: int):
+        yield from itertools.islice(synthetic(job, World())(start), 4)
+        raise Killed
+
+    first = Run(job, World(), lambda _: None)
+    with pytest.raises(Killed):
+        first.train(until_killed)
+    first.checkpoints.wait()
+    folder = tmp_path.joinpath(*job.stage.parts, "checkpoints")
+    newest = folder / "step-000000004.pt"
+    whole = newest.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], b"not a checkpoint", b"PK" + bytes(100)):
+        newest.write_bytes(damaged)
+        with (
+            pytest.raises(CheckpointError, match=rf"{newest} is damaged .*goes on from step 2"),
+            noting(job.stage),
+        ):
+            Run(job, World(), lambda _: None).train(synthetic(job, World()))
+        assert (job.stage.failure() or {})["final"]
+        job.stage.forget_failure()
+    newest.unlink()
+    Run(job, World(), lambda _: None).train(synthetic(job, World()))
+    assert job.stage.is_done()
 
 
 class Killed(Exception):

@@ -19,9 +19,10 @@ from kdscale.cli import app, load_sweep
 from kdscale.cli_plan import without_redo
 from kdscale.core.checkpoints import Checkpoints
 from kdscale.core.config import DataSpec, Execution
+from kdscale.core.lease import Lease
 from kdscale.core.scale import MINI, PAPER
 from kdscale.core.stop import ask_to_stop, check_stop
-from kdscale.core.storage import Lease, StageStore, Storage
+from kdscale.core.storage import StageStore, Storage
 from kdscale.core.types import (
     AmbiguousStage,
     ConfigError,

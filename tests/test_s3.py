@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,44 +12,10 @@ from test_embed import distill_job, embed_job, fill, losses, tall
 from worlds import PX
 
 from kdscale.core.config import DataSpec
-from kdscale.core.storage import Lease, StageStore, Storage
+from kdscale.core.lease import Lease
+from kdscale.core.storage import StageStore, Storage
 from kdscale.data.shards import Manifest, build_manifest
 from kdscale.stages.embed import pending
-
-
-@pytest.fixture(scope="module")
-def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Serves a folder as s3://bucket to this process."""
-    root = tmp_path_factory.mktemp("s3")
-    (root / "bucket").mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    program = Path(sys.executable).with_name("rclone")
-    options = ["--addr", f"127.0.0.1:{port}", "--auth-key", "kdkey,kdsecret", "--config", ""]
-    server = subprocess.Popen(
-        [str(program), "serve", "s3", *options, str(root)], stderr=subprocess.DEVNULL
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "kdkey")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "kdsecret")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        fsspec.filesystem("s3").clear_instance_cache()
-        _wait_for(port)
-        yield root / "bucket"
-    server.terminate()
-    server.wait()
-    fsspec.filesystem("s3").clear_instance_cache()
-
-
-def _wait_for(port: int) -> None:
-    for _ in range(200):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.05)
-    raise AssertionError("rclone did not start")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +39,7 @@ def test_a_stage_lives_there(bucket: Path) -> None:
         stage.finish({"a": 1})
     assert stage.is_done()
     assert stage.record() == {"a": 1}
-    assert not storage.exists(*stage.parts, "LEASE")
+    assert not Lease.is_left(stage)
     assert (bucket / "runs/stages/distill/k/DONE").exists()
 
 

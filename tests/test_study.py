@@ -50,16 +50,19 @@ if __name__ == "__main__":
 class Study:
     """A sweep file with its own storage."""
 
-    def __init__(self, folder: Path, pattern: str) -> None:
+    def __init__(
+        self, folder: Path, pattern: str, sweep: str = SWEEP, root: str | None = None
+    ) -> None:
         self.folder, self.pattern = folder, pattern
         self.file = folder / "kills.py"
-        self.file.write_text(SWEEP)
-        self.storage = Storage(str(folder / "runs"))
+        self.file.write_text(sweep)
+        self.storage = Storage(root or str(folder / "runs"))
 
     def start(self) -> subprocess.Popen[str]:
         command = [sys.executable, str(self.file), "--storage", self.storage.root]
         return subprocess.Popen(
             [*command, "--data", self.pattern],
+            cwd=self.folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -97,6 +100,19 @@ def descendants(root: int) -> list[int]:
     for pid in found:
         found += [child for child, parent in parents.items() if parent == pid]
     return found[1:]
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """Kills a driver with Ray's own processes, which would outlive it by some seconds and steps."""
+    kill_all([process.pid, *descendants(process.pid)])
+    process.communicate()
+
+
+def kill_all(pids: list[int]) -> None:
+    """Kills processes, some of which may be gone."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def train_workers(root: int) -> list[int]:
@@ -137,7 +153,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, pattern: str) -> Study
 def runs_in(study: Study) -> list[Any]:
     from mlflow import MlflowClient
 
-    client = MlflowClient(tracking_uri=f"sqlite:///{study.storage.root}/mlflow.db")
+    place = study.storage.root if study.storage.is_local else study.folder
+    client = MlflowClient(tracking_uri=f"sqlite:///{place}/mlflow.db")
     ids = [e.experiment_id for e in client.search_experiments() if e.name.startswith("kdscale/")]
     return [(client, run) for run in client.search_runs(ids) if "kdscale.key" in run.data.tags]
 
@@ -186,11 +203,7 @@ def test_kills_of_a_worker_and_of_the_driver_change_nothing(
     os.kill(drawn.choice(train_workers(process.pid)), signal.SIGKILL)
     before = len(study.stage.storage.names(*study.stage.parts, "journal"))
     study.wait_for(at_step(before + drawn.randint(1, EVERY)))
-    # With Ray's own processes: they would outlive the driver by some seconds and steps.
-    for pid in [process.pid, *descendants(process.pid)]:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait()
+    kill(process)
     assert not study.stage.is_done()
     study.finish()
     assert_same_training(undisturbed, study)

@@ -65,8 +65,9 @@ class Checkpoints:
         then = f"goes on from step {before[-1]}" if before else "begins anew"
         whole = self._stage.url("checkpoints", _name(step))
         part = f"'s part of worker {rank}" if rank else ""
+        why = str(found).partition("\n")[0] or type(found).__name__
         return CheckpointError(
-            f"the checkpoint {whole}{part} is damaged ({found}): remove that file, and the stage "
+            f"the checkpoint {whole}{part} is damaged ({why}): remove that file, and the stage "
             f"{then}"
         )
 

@@ -2,32 +2,28 @@
 
 `<root>/stages/<kind>/<key>/` holds a stage: `stage.json`, `journal/`, `checkpoints/`, `output/`
 and, written last, `DONE`. A stage without `DONE` does not exist for anybody else. One writer at
-a time holds `LEASE`, created if absent and kept alive by a heartbeat.
+a time holds the newest `LEASE-<number>` (`kdscale.core.lease`).
 """
 
 # pyright: basic
 # (fsspec carries too few types for strict checking)
 from __future__ import annotations
 
+import errno
 import json
 import os
-import socket
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from kdscale.core.types import LeaseLost, StorageError
-
-HEARTBEAT_S = 5.0
-LEASE_TIMEOUT_S = 45.0
+from kdscale.core.types import StorageError
 
 
 class Storage:
@@ -144,12 +140,14 @@ class Storage:
     def remove(self, *parts: str) -> None:
         """Removes a file or a whole directory; an absent one is no error."""
         if self.exists(*parts):
-            self.fs.rm(self.path(*parts), recursive=True)
+            with suppress(FileNotFoundError):  # another process may be quicker
+                self.fs.rm(self.path(*parts), recursive=True)
 
     def create(self, data: bytes, *parts: str) -> bool:
         """Creates a file if absent and returns whether it did.
 
-        Not every object store can do this in one step: see `Lease.acquire`.
+        In one step on a local disk and where the object store knows `If-None-Match`. Another
+        may let two that create at once both believe that they did: see `Lease.acquire`.
         """
         target = self.path(*parts)
         if not self.is_local and self.exists(*parts):
@@ -160,12 +158,23 @@ class Storage:
                 file.write(data)
         except FileExistsError:
             return False
-        except ValueError:  # a filesystem without exclusive creation: best effort
-            if self.exists(*parts):
-                return False
-            self.write(data, *parts)
+        except ValueError:  # a filesystem without exclusive creation
+            return self._create_where_none_is_seen(data, *parts)
         except OSError as error:
+            if self.is_local:
+                raise _unwritable(self.url(*parts), error) from error
+            if error.errno == errno.ENOSYS:  # a server that refuses `If-None-Match`
+                return self._create_where_none_is_seen(data, *parts)
+            if self.exists(*parts):  # not every server's refusal is told as FileExistsError
+                return False
             raise _unwritable(self.url(*parts), error) from error
+        return True
+
+    def _create_where_none_is_seen(self, data: bytes, *parts: str) -> bool:
+        """Creates a file in two steps, between which another process may do so."""
+        if self.exists(*parts):
+            return False
+        self.write(data, *parts)
         return True
 
 
@@ -243,143 +252,3 @@ class StageStore:
     def url(self, *parts: str) -> str:
         """Returns the URL of something in the stage's directory."""
         return self.storage.url(*self.parts, *parts)
-
-
-def check_lease(stage: StageStore, token: str | None) -> None:
-    """Checks that a stage is still this writer's; called before anything final is written.
-
-    Args:
-        stage: The stage.
-        token: Its lease's token, None where there is no other writer.
-
-    Raises:
-        LeaseLost: Somebody else has taken it over.
-    """
-    if token is not None and _holder(stage.storage, (*stage.parts, "LEASE")).get("token") != token:
-        raise LeaseLost(f"{stage.url()} was taken over by another writer; stopping here")
-
-
-class Lease:
-    """The right to write one stage, kept alive by a thread.
-
-    Use `Lease.acquire`; leave the `with` block to release it.
-    """
-
-    def __init__(self, stage: StageStore, token: str) -> None:
-        self._stage, self.token = stage, token
-        self._parts = (*stage.parts, "LEASE")
-        self._stop = threading.Event()
-        self._lost = False
-        self._thread = threading.Thread(target=self._keep, daemon=True, name="lease")
-
-    @classmethod
-    def acquire(cls, stage: StageStore) -> Lease | None:
-        """Returns the lease, or None while another living writer holds it.
-
-        A holder is taken for dead when it ran on this host and its process is gone, or when its
-        heartbeat has stood still for `LEASE_TIMEOUT_S` (watched for on this host's clock, so
-        clock skew between hosts does not matter).
-        """
-        token = uuid.uuid4().hex
-        parts = (*stage.parts, "LEASE")
-        if stage.storage.create(_beat(token), *parts):
-            if stage.storage.is_local:
-                return cls(stage, token)
-        elif not _is_dead(stage.storage, parts):
-            return None
-        else:
-            stage.storage.write(_beat(token), *parts)
-        time.sleep(0.5)  # of two that create or take over at once, the last writer keeps it
-        if _holder(stage.storage, parts).get("token") != token:
-            return None
-        return cls(stage, token)
-
-    @staticmethod
-    def seems_held(stage: StageStore) -> bool:
-        """Tells at a glance whether a living writer holds the stage; for display only.
-
-        On this host its process is looked for; elsewhere the age of its last heartbeat counts,
-        which is wrong where the hosts' clocks differ by more than `LEASE_TIMEOUT_S`.
-        """
-        holder = _holder(stage.storage, (*stage.parts, "LEASE"))
-        if not holder:
-            return False
-        if holder.get("host") == socket.gethostname():
-            return _process_start(holder["pid"]) == holder["started"]
-        return time.time_ns() - holder.get("beat", 0) < LEASE_TIMEOUT_S * 1e9
-
-    def __enter__(self) -> Lease:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        if not self._lost:
-            self._stage.storage.remove(*self._parts)
-
-    def _keep(self) -> None:
-        """Beats until released; a storage fault is retried at the next beat."""
-        while not self._stop.wait(HEARTBEAT_S):
-            try:
-                if _holder(self._stage.storage, self._parts).get("token") != self.token:
-                    self._lost = True
-                    return
-                self._stage.storage.write(_beat(self.token), *self._parts)
-            except (OSError, StorageError):
-                continue
-
-
-def _beat(token: str) -> bytes:
-    """Encodes a heartbeat: who, where, and a counter that changes."""
-    return json.dumps(
-        {
-            "token": token,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "started": _process_start(os.getpid()),
-            "beat": time.time_ns(),
-        }
-    ).encode()
-
-
-def _holder(storage: Storage, parts: tuple[str, ...]) -> dict[str, Any]:
-    """Reads the lease; an absent or garbled one has no holder.
-
-    Raises:
-        StorageError: The storage cannot be read, so that nothing is known of the holder.
-    """
-    try:
-        return json.loads(storage.read(*parts))
-    except StorageError as error:
-        if not isinstance(error.__cause__, FileNotFoundError):
-            raise
-    except ValueError:
-        pass
-    return {}
-
-
-def _is_dead(storage: Storage, parts: tuple[str, ...]) -> bool:
-    """Tells whether the lease's holder no longer lives."""
-    first = _holder(storage, parts)
-    if first.get("host") == socket.gethostname():
-        return _process_start(first["pid"]) != first["started"]
-    deadline = time.monotonic() + LEASE_TIMEOUT_S
-    while time.monotonic() < deadline:
-        time.sleep(HEARTBEAT_S / 2)
-        if _holder(storage, parts).get("beat") != first.get("beat"):
-            return False
-    return True
-
-
-def _process_start(pid: int) -> str | None:
-    """Returns a process's start time as the kernel counts it, None if it is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except (OSError, IndexError):
-        try:
-            os.kill(pid, 0)
-        except (ProcessLookupError, PermissionError):
-            return None
-        return "alive"
-    return None if fields[0] == "Z" else fields[19]

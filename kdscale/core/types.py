@@ -154,8 +154,15 @@ class ImpossibleResources(KdscaleError):
     """A placement that this cluster can never satisfy."""
 
 
-# Errors that lie in what was asked for: trying again meets them again.
-FINAL_ERRORS = (ConfigError, DataError, WeightsError, TrainingDiverged, StageStopped)
+# Errors that lie in what was asked for, or in files as they are: trying again meets them again.
+FINAL_ERRORS = (
+    ConfigError,
+    DataError,
+    WeightsError,
+    CheckpointError,
+    TrainingDiverged,
+    StageStopped,
+)
 
 
 def final_cause(error: BaseException) -> BaseException | None:

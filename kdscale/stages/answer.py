@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from kdscale.core.config import STAGE_WEIGHTS
 from kdscale.core.journal import JournalWriter
-from kdscale.core.storage import Storage, check_lease
+from kdscale.core.lease import check_lease
+from kdscale.core.storage import Storage
 from kdscale.eval.generate import Generator, Prompt
 from kdscale.eval.matching import is_right
 from kdscale.models.language import DTYPES

@@ -19,8 +19,9 @@ from transformers.utils import logging
 from kdscale.core.answers_config import Answers
 from kdscale.core.config import STAGE_WEIGHTS, Execution, Precision
 from kdscale.core.journal import JournalWriter
+from kdscale.core.lease import check_lease
 from kdscale.core.stop import check_stop
-from kdscale.core.storage import Storage, check_lease
+from kdscale.core.storage import Storage
 from kdscale.core.types import DataError
 from kdscale.data.samples import decode
 from kdscale.eval.answers import Block, blocks_of, missing, questions_digest, write_block

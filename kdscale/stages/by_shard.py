@@ -19,8 +19,8 @@ import torch
 
 from kdscale.core.config import Execution
 from kdscale.core.journal import JournalWriter
+from kdscale.core.lease import check_lease
 from kdscale.core.stop import check_stop
-from kdscale.core.storage import check_lease
 from kdscale.data.raw import RawSample
 from kdscale.data.shards import ShardEntry, read_good
 from kdscale.data.sidecars import SUMMARY, Values

@@ -23,7 +23,8 @@ import torch
 from kdscale.analysis.layer_cka import LayerCKA
 from kdscale.core.eval_config import Cka
 from kdscale.core.journal import JournalWriter
-from kdscale.core.storage import Storage, check_lease
+from kdscale.core.lease import check_lease
+from kdscale.core.storage import Storage
 from kdscale.core.types import ConfigError, DataError
 from kdscale.data.image_sets import ImageSet, ImageShard, Progress, read_images
 from kdscale.data.samples import BadImage, decode

@@ -21,7 +21,8 @@ import torch
 
 from kdscale.analysis.stats import Interval
 from kdscale.core.journal import JournalWriter
-from kdscale.core.storage import Storage, check_lease
+from kdscale.core.lease import check_lease
+from kdscale.core.storage import Storage
 from kdscale.data.evalsets import EvalItem
 from kdscale.models.towers import load_tower
 from kdscale.stages.evaluate import Tower

@@ -15,7 +15,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
 from kdscale.core.journal import JournalWriter
-from kdscale.core.storage import check_lease
+from kdscale.core.lease import check_lease
 from kdscale.core.types import DataError
 from kdscale.mini.text import texts
 from kdscale.models.language import load_language

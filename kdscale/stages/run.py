@@ -7,6 +7,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -14,8 +15,8 @@ import pyarrow.parquet as pq
 
 from kdscale.core.checkpoints import Checkpoints
 from kdscale.core.journal import JournalWriter
+from kdscale.core.lease import check_lease
 from kdscale.core.stop import check_stop
-from kdscale.core.storage import check_lease
 from kdscale.core.trained import epoch_suffix
 from kdscale.core.types import TrainingDiverged
 from kdscale.data.samples import Batch
@@ -96,11 +97,12 @@ class Run:
             batches: Maps the first step to this worker's share of the batches from there on.
 
         Raises:
+            CheckpointError: If the newest checkpoint is damaged, or of other data.
             TrainingDiverged: If the loss stops being finite.
         """
         start = self.checkpoints.latest_step()
         if start:
-            self.task.load_state(self.checkpoints.load(start))
+            self._resume(start)
         meter = Meter()
         remaining = batches(start) if start < self.job.total_steps else iter(())
         for batch in meter.timed(remaining):
@@ -115,6 +117,14 @@ class Run:
                 self.journal.append(line)
         self.checkpoints.wait()
         self._finish()
+
+    def _resume(self, step: int) -> None:
+        """Restores a checkpoint; torch meets damage with all kinds of errors."""
+        state = self.checkpoints.load(step)
+        try:
+            self.task.load_state(state)
+        except (RuntimeError, EOFError, LookupError, ValueError, UnpicklingError) as error:
+            raise self.checkpoints.damaged(step, error) from error
 
     def _step(self, batch: Batch) -> dict[str, Any]:
         """Does one optimizer step and returns its line of the journal."""

@@ -20,8 +20,8 @@ from transformers import TrainerCallback
 from kdscale.core.checkpoints import Checkpoints
 from kdscale.core.config import TowerSpec
 from kdscale.core.journal import JournalWriter
+from kdscale.core.lease import check_lease
 from kdscale.core.stop import check_stop
-from kdscale.core.storage import check_lease
 from kdscale.core.types import CheckpointError, DataError, TrainingDiverged
 from kdscale.data.instruct_stream import InstructBatch
 from kdscale.models.vlm import merge, save_projector, save_vlm

@@ -20,11 +20,12 @@ import torch
 
 from kdscale.core.checkpoints import Checkpoints
 from kdscale.core.config import Execution
+from kdscale.core.lease import check_lease
 from kdscale.core.stop import check_stop
 from kdscale.core.storage import StageStore
 from kdscale.core.types import (
-    CheckpointError,
     KdscaleError,
+    OrderBroken,
     StageFailed,
     StageRefused,
     final_cause,
@@ -109,9 +110,13 @@ def raise_failed(jobs: Sequence[TrainJob | ShardJob | AnswersJob], error: Except
         error: What reached the driver; None where the workers came to an end.
 
     Raises:
+        LeaseLost: If another writer has taken a stage over: how it ends there is not for us to say.
         StageRefused: If another attempt would end in the same way.
         StageFailed: If it might not.
     """
+    for job in jobs:
+        if not job.stage.is_done():
+            check_lease(job.stage, job.lease)
     noted = [job for job in jobs if job.stage.failure() is not None]
     if error is None and not noted:
         return
@@ -240,6 +245,8 @@ def _work(config: dict[str, Any]) -> None:
     # Ray starts a failed group again whatever the error was; `fit` tells of a final one.
     if not jobs or any(job.stage.failure() for job in jobs):
         return
+    for job in jobs:
+        check_lease(job.stage, job.lease)
     rank, size, device, report = _place(config["in_group"])
     first: _Started | None = None
     with noting(jobs[0].stage):
@@ -337,10 +344,10 @@ class _Started:
         """Yields the batches, which begin where the newest checkpoint ends.
 
         Raises:
-            CheckpointError: If the run resumes from another step.
+            OrderBroken: If the run resumes from another step.
         """
         if start != self._start or self._first is None:
-            raise CheckpointError(
+            raise OrderBroken(
                 f"the stream of {self.job.key} begins at step {self._start}, the run at {start}: "
                 "another process has written a checkpoint meanwhile"
             )

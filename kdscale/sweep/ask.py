@@ -13,7 +13,8 @@ from typing import Any
 from kdscale.core.answers_config import Answers, answers_identity, answers_key
 from kdscale.core.config import STAGE_WEIGHTS, Execution, Mode, Precision
 from kdscale.core.find import find_stage
-from kdscale.core.storage import Lease, StageStore, Storage
+from kdscale.core.lease import Lease
+from kdscale.core.storage import StageStore, Storage
 from kdscale.core.types import ConfigError, UnknownStage, WeightsError, unknown_name
 from kdscale.sweep.orders import record_of
 from kdscale.sweep.plan import Stage
@@ -218,7 +219,9 @@ def ask_all(asked: Sequence[Asked], storage: Storage, progress: Progress) -> Non
             for one in left:
                 lease = Lease.acquire(one.store(storage))
                 if lease is not None:
-                    ours.append((one, leases.enter_context(lease).token))
+                    token = leases.enter_context(lease).token
+                    if not one.store(storage).is_done():  # whoever held it may have finished
+                        ours.append((one, token))
             if ours:
                 _ask(ours, storage, progress)
                 continue

@@ -13,8 +13,8 @@ from kdscale.core.answers_config import Answers
 from kdscale.core.checkpoints import Checkpoints
 from kdscale.core.config import Embed, Execution
 from kdscale.core.journal import read_steps
+from kdscale.core.lease import Lease
 from kdscale.core.stop import ask_to_stop, let_run
-from kdscale.core.storage import Lease
 from kdscale.core.types import LimitReached, OverBudget, StorageError
 from kdscale.core.vlm_config import Features
 from kdscale.sweep.kept import is_finished

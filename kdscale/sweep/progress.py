@@ -13,7 +13,8 @@ from rich.table import Table
 
 from kdscale.core.config import Distill
 from kdscale.core.journal import JournalReader, Line, read_steps
-from kdscale.core.storage import Lease, Storage
+from kdscale.core.lease import Lease
+from kdscale.core.storage import Storage
 from kdscale.core.types import StageStopped, StorageError
 from kdscale.sweep.kept import is_finished
 from kdscale.sweep.naming import label
@@ -151,7 +152,7 @@ def stage_state(stage: Stage, storage: Storage) -> tuple[str, str]:
     failure = store.failure()
     if failure is not None:
         return "failed", failure["message"]
-    was_begun = lines or storage.exists(*store.parts, "LEASE")
+    was_begun = lines or Lease.is_left(store)
     return ("interrupted", detail) if was_begun else ("waiting", "")
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from kdscale.core.storage import Lease, StageStore, Storage
+from kdscale.core.lease import LEASE, Lease
+from kdscale.core.storage import StageStore, Storage
 from kdscale.core.types import StageBusy, StorageError
 from kdscale.sweep.plan import Plan
 from kdscale.sweep.stage import Stage
@@ -139,7 +140,7 @@ def _clear(store: StageStore) -> None:
     """Removes a stage's files but for the lease; first what says that it is finished."""
     store.storage.remove(*store.parts, "DONE")
     for name in store.storage.names(*store.parts):
-        if name != "LEASE":
+        if not name.startswith(LEASE):
             store.storage.remove(*store.parts, name)
 
 

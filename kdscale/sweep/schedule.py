@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -26,11 +27,13 @@ import ray.tune
 from kdscale.core.answers_config import Answers
 from kdscale.core.config import Embed, Execution
 from kdscale.core.eval_config import Cka
+from kdscale.core.lease import Lease
 from kdscale.core.stop import check_stop
-from kdscale.core.storage import Lease, Storage
+from kdscale.core.storage import Storage
 from kdscale.core.types import (
     ImpossibleResources,
     KdscaleError,
+    LeaseLost,
     StageFailed,
     StageRefused,
     final_cause,
@@ -319,11 +322,8 @@ def run_stages(path: Sequence[Stage], storage: Storage) -> None:
     Raises:
         StageFailed: If the workers failed; StageRefused where they would fail again or are to stop.
     """
-    while True:
-        pending = [stage for stage in path if not is_finished(stage, storage)]
-        if not pending:
-            return
-        with ExitStack() as leases:
+    while pending := _unfinished(path, storage):
+        with ExitStack() as leases, suppress(LeaseLost):  # then another writer is waited for
             tokens: list[str] = []
             for stage in pending:
                 check_stop(stage.store(storage))
@@ -331,11 +331,19 @@ def run_stages(path: Sequence[Stage], storage: Storage) -> None:
                 if lease is None:
                     break
                 tokens.append(leases.enter_context(lease).token)  # it beats from here on
-                reopen_unless_finished(stage, storage)
             else:
-                _run_in_turn(pending, tokens, storage)
+                # Whoever held a lease before may have finished: only now nobody else can.
+                if _unfinished(path, storage) == pending:
+                    for stage in pending:
+                        reopen_unless_finished(stage, storage)
+                    _run_in_turn(pending, tokens, storage)
                 continue
-        time.sleep(WAIT_FOR_WRITER_S)
+        time.sleep(WAIT_FOR_WRITER_S * random.uniform(0.5, 1.5))  # two must not stay in step
+
+
+def _unfinished(path: Sequence[Stage], storage: Storage) -> list[Stage]:
+    """Returns the stages of a path that are not finished."""
+    return [stage for stage in path if not is_finished(stage, storage)]
 
 
 def _run_in_turn(stages: Sequence[Stage], tokens: Sequence[str], storage: Storage) -> None:

@@ -141,12 +141,21 @@ class Tracker:
 
     def _find_or_create(self, identity: dict[str, str], name: str, tags: dict[str, str]) -> str:
         """Returns the run with these tags, creating it at most once."""
+        found = self._oldest(identity)
+        if found is not None:
+            return found
+        own = self._client.create_run(self._experiment, run_name=name, tags={**tags, **identity})
+        kept = self._oldest(identity) or own.info.run_id
+        if kept != own.info.run_id:  # another driver was as quick
+            self._client.delete_run(own.info.run_id)
+        return kept
+
+    def _oldest(self, identity: dict[str, str]) -> str | None:
+        """Returns the first run with these tags, the same one for all who ask."""
         query = " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in identity.items())
-        found = self._client.search_runs([self._experiment], query, max_results=1)
-        if found:
-            return found[0].info.run_id
-        run = self._client.create_run(self._experiment, run_name=name, tags={**tags, **identity})
-        return run.info.run_id
+        found = self._client.search_runs([self._experiment], query)
+        runs = sorted((run.info.start_time, run.info.run_id) for run in found)
+        return runs[0][1] if runs else None
 
     def _open(self, stage: Stage) -> _StageRun:
         recipe = stage.recipe
