@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     )
     from kdscale.core.vlm_config import LanguageModelSpec, Lora, QuestionsSpec, Vlm
     from kdscale.sweep.grid import Pivot, Sweep, choose, product, zipped
+    from kdscale.sweep.search import Search
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Pivot",
     "Pretrained",
     "QuestionsSpec",
+    "Search",
     "Sweep",
     "TowerSpec",
     "Vlm",
@@ -46,4 +48,5 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'kdscale' has no attribute {name!r}")
     home = "sweep.grid" if name in _SWEEP else "core.vlm_config" if name in _VLM else "core.config"
+    home = "sweep.search" if name == "Search" else home
     return getattr(import_module(f"kdscale.{home}"), name)

@@ -70,6 +70,9 @@ Gates = Annotated[
 Seeds = Annotated[str | None, typer.Option("--seeds", help="Instead of the sweep's: 0,1,2.")]
 Paper = Annotated[bool, typer.Option("--paper", help="Beside the numbers of arXiv 2511.17886.")]
 Out = Annotated[Path | None, typer.Option("--out", help="With --paper: folder for its files.")]
+ResumeStopped = Annotated[
+    bool, typer.Option("--resume-stopped", help="Go on with trials that a scheduler stopped.")
+]
 MaxSteps = Annotated[int | None, typer.Option("--max-steps", help="Stop every stage there.", min=1)]
 
 
@@ -85,6 +88,7 @@ class Request:
     as_json: bool
     command: str
     scale_is_given: bool = False
+    resume_stopped: bool = False
 
     def plan(self) -> Plan:
         """Plans the sweeps as one union of stages."""
@@ -192,6 +196,7 @@ def sweep_command(action: Callable[..., None]) -> Callable[..., None]:
         max_steps: MaxSteps = None,
         gates: Gates = True,
         seeds: Seeds = None,
+        resume_stopped: ResumeStopped = False,
         as_json: AsJson = False,
         **own: Any,
     ) -> None:
@@ -215,6 +220,7 @@ def sweep_command(action: Callable[..., None]) -> Callable[..., None]:
                 as_json=as_json,
                 command=_run_command(),
                 scale_is_given=scale is not None,
+                resume_stopped=resume_stopped,
             )
             action(request, **own)
 
@@ -267,6 +273,7 @@ def run_sweep(
         tracking_uri=request.tracking_uri,
         command=request.command,
         limits=limits,
+        resume_stopped=request.resume_stopped,
     )
     if request.as_json:
         show_report(request)

@@ -33,7 +33,14 @@ LAYERS = {
     "terminal": 1,
 }
 UPWARD = {("sweep/grid.py", "cli")}  # `sweep.main()` makes a sweep file a program
-RAY_FILES = {"sweep/schedule.py", "stages/worker.py", "data/stream.py"}
+RAY_FILES = {
+    "sweep/schedule.py",
+    "sweep/search.py",
+    "sweep/steer.py",
+    "sweep/suggest.py",
+    "stages/worker.py",
+    "data/stream.py",
+}
 
 
 def importers(module: str) -> set[str]:

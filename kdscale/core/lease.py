@@ -128,6 +128,18 @@ class Lease:
                 continue
 
 
+def holder_token(stage: StageStore) -> str | None:
+    """Returns the token of a stage's lease, None where nobody holds it."""
+    return _newest(stage).token
+
+
+def own_token(stage: StageStore) -> str | None:
+    """Returns the token of a stage's lease where this process holds it, else None."""
+    holder = _newest(stage)
+    own = (holder.beat.get("host"), holder.beat.get("pid")) == (_host(), os.getpid())
+    return holder.token if own else None
+
+
 @dataclass(frozen=True)
 class _Holder:
     """A lease's number, 0 where there is none, and its last heartbeat as it was read."""

@@ -138,6 +138,10 @@ class StageStopped(StageRefused):
     """A stage that was asked to stop; it goes on from its last checkpoint when it is run again."""
 
 
+class EndedEarly(KdscaleError):
+    """An attempt that a scheduler has ended at a checkpoint; its stage can be taken up again."""
+
+
 class StageBusy(KdscaleError):
     """A stage that cannot be removed while another process writes it, or reads it."""
 

@@ -25,6 +25,7 @@ from kdscale.stages.distill import DistillTask
 from kdscale.stages.evaluate import Evaluator, Scores, cached_features
 from kdscale.stages.jobs import DistillJob
 from kdscale.stages.loop import World, batch_digest
+from kdscale.stages.stopping import asked_to_stop, end_early
 
 T = TypeVar("T")
 
@@ -99,6 +100,7 @@ class Run:
         Raises:
             CheckpointError: If the newest checkpoint is damaged, or of other data.
             TrainingDiverged: If the loss stops being finite.
+            EndedEarly: At a checkpoint, if a scheduler has asked for it.
         """
         start = self.checkpoints.latest_step()
         if start:
@@ -115,6 +117,8 @@ class Run:
                 meter.restart()
             elif self.world.is_first:
                 self.journal.append(line)
+            if step % self.execution.log_every == 0 and step < self.job.total_steps:
+                self._stop_if_asked(step)
         self.checkpoints.wait()
         self._finish()
 
@@ -159,6 +163,17 @@ class Run:
         self.report({"step": line["step"], "loss": line["total"]})
         if self.world.is_first and line["step"] < self.job.total_steps:
             check_stop(self.job.stage, self.checkpoints.wait)
+
+    def _stop_if_asked(self, step: int) -> None:
+        """Ends the attempt where it was asked to, at a checkpoint without an evaluation."""
+        if not asked_to_stop(self.job, self.world):
+            return
+        self.checkpoints.wait()
+        if self.world.is_first and self.checkpoints.latest_step() != step:
+            check_lease(self.job.stage, self.job.lease)
+            self.journal.flush()
+            self.checkpoints.save(step, self.task.state(step))
+        end_early(self.job, self.world, self.checkpoints, step)
 
     def _finish(self) -> None:
         """Writes the student in hub layout and its predictions, and marks the stage done."""

@@ -28,6 +28,7 @@ from kdscale.models.vlm import merge, save_projector, save_vlm
 from kdscale.stages.jobs import VlmJob
 from kdscale.stages.loop import World, batch_digest
 from kdscale.stages.run import Meter
+from kdscale.stages.stopping import asked_to_stop, end_early
 from kdscale.stages.vlm import (
     Built,
     MicroBatches,
@@ -64,6 +65,7 @@ class VlmRun(TrainerCallback):
         self.scratch = tempfile.TemporaryDirectory()
         self.trainer: StageTrainer | None = None
         self.rates: dict[str, float] = {}
+        self.stopping = False
 
     def train(self, batches: Callable[[int], Iterator[InstructBatch]]) -> None:
         """Trains from the latest checkpoint to the end and writes the stage's output.
@@ -76,6 +78,7 @@ class VlmRun(TrainerCallback):
             DataError: If a step has nothing to learn, or the batches end before the last step.
             CheckpointError: If the checkpoint cannot be read, or was written by another number of
                 workers under DeepSpeed, which cannot share it out anew.
+            EndedEarly: At a checkpoint, if a scheduler has asked for it.
         """
         with self.scratch:
             start = self.checkpoints.latest_step()
@@ -137,6 +140,9 @@ class VlmRun(TrainerCallback):
             self.journal.append(line)
         if line["step"] % self.execution.checkpoint_every == 0:
             self.report({"step": line["step"], "loss": line["total"]})
+        if line["step"] % self.execution.log_every == 0 and line["step"] < self.job.total_steps:
+            self.stopping = asked_to_stop(self.job, self.world)
+            control.should_save = control.should_save or self.stopping
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Moves what the Trainer has saved into the storage; the first worker completes it."""
@@ -156,6 +162,8 @@ class VlmRun(TrainerCallback):
             if step < self.job.total_steps:
                 check_stop(self.job.stage, self.checkpoints.wait)
         self.meter.restart()
+        if self.stopping:
+            end_early(self.job, self.world, self.checkpoints, step)
 
     def _restore(self, step: int) -> str:
         """Unpacks a checkpoint and returns its directory."""

@@ -22,8 +22,10 @@ from kdscale.core.checkpoints import Checkpoints
 from kdscale.core.config import Execution
 from kdscale.core.lease import check_lease
 from kdscale.core.stop import check_stop
+from kdscale.core.stopping import stopped
 from kdscale.core.storage import StageStore
 from kdscale.core.types import (
+    EndedEarly,
     KdscaleError,
     OrderBroken,
     StageFailed,
@@ -71,6 +73,7 @@ def fit(jobs: Sequence[TrainJob]) -> None:
     Raises:
         StageFailed: If the workers failed more often than `Execution.max_failures` allows.
         StageRefused: At the first failure that another attempt would meet again.
+        EndedEarly: If a stage was asked to stop; the jobs after it have not been begun.
     """
     run = jobs[0].recipe.run
     assert run is not None
@@ -100,6 +103,9 @@ def fit(jobs: Sequence[TrainJob]) -> None:
         except Exception as error:
             failure = error
     raise_failed(jobs, failure)
+    for job in jobs:
+        if (note := stopped(job.stage)) is not None:
+            raise EndedEarly(f"stopped early at step {note['step']}: {note['reason']}")
 
 
 def raise_failed(jobs: Sequence[TrainJob | ShardJob | AnswersJob], error: Exception | None) -> None:
@@ -242,8 +248,9 @@ def _dataset_from_cursor(job: StreamJob) -> Callable[[], Any]:
 def _work(config: dict[str, Any]) -> None:
     """Runs on every worker, the only process that needs the model libraries."""
     jobs = [job for job in config["jobs"] if not job.stage.is_done()]
-    # Ray starts a failed group again whatever the error was; `fit` tells of a final one.
-    if not jobs or any(job.stage.failure() for job in jobs):
+    # Ray starts a failed group again whatever the error was; `fit` tells of a final one, or of
+    # an attempt that was asked to stop.
+    if not jobs or any(job.stage.failure() or stopped(job.stage) for job in jobs):
         return
     for job in jobs:
         check_lease(job.stage, job.lease)
@@ -263,7 +270,10 @@ def _work(config: dict[str, Any]) -> None:
             check_stop(job.stage)
             attempt = _attempt_of(job)
             stream = first if first is not None and first.job is job else _Started(job, rank)
-            attempt(job, world, report).train(stream.batches)
+            try:
+                attempt(job, world, report).train(stream.batches)
+            except EndedEarly:
+                return
 
 
 def _attempt_of(job: TrainJob) -> Any:

@@ -6,7 +6,7 @@ import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from kdscale.core.config import Choice, Distill
 from kdscale.core.scale import Scale
@@ -14,6 +14,9 @@ from kdscale.core.types import ConfigError, UnknownField, unknown_field
 from kdscale.core.vlm_config import VLM_STAGES, Finetune, Vlm, checked_settings
 from kdscale.sweep.check import check_references
 from kdscale.sweep.naming import chosen_of, dotted, name_of
+
+if TYPE_CHECKING:
+    from kdscale.sweep.search import Config, Search
 
 PARTS = ("vision", *VLM_STAGES)  # fields of a VLM that hold fields themselves
 
@@ -79,6 +82,7 @@ class Sweep:
         table: How the report arranges the trials.
         baseline: Field values of the trials that the others are compared with.
         scale: Scale used where the command line names none.
+        search: Draws further values for every recipe (`kdscale.sweep.search`).
     """
 
     name: str
@@ -87,13 +91,19 @@ class Sweep:
     table: Pivot = field(default_factory=lambda: Pivot(rows="teacher", columns="loss"))
     baseline: dict[str, Any] | None = None
     scale: str | Scale = "paper"
+    search: Search | None = None
 
-    def trials(self, overrides: Mapping[str, Any] | None = None) -> list[Trial]:
+    def trials(
+        self,
+        overrides: Mapping[str, Any] | None = None,
+        configs: Sequence[Config] | None = None,
+    ) -> list[Trial]:
         """Returns every trial, seed by seed, in the order of the recipes and options.
 
         Args:
             overrides: Recipe fields set last; names and choices of the trials tell of them.
                 Mappings under `pretrain` and `finetune` set fields of one stage of the VLMs.
+            configs: What the search has chosen; None takes what it draws.
 
         Raises:
             UnknownField: If no recipe has such a field.
@@ -114,6 +124,10 @@ class Sweep:
             student = recipe.vision if isinstance(recipe, Vlm) else recipe
             if isinstance(student, Distill):
                 check_references(student)
+        if self.search is not None:
+            from kdscale.sweep.search import searched
+
+            return searched(self.search, recipes, changes, configs)
         told = zip(recipes, chosen_of(recipes), strict=True)
         return [Trial(name=name_of(chosen), recipe=r, chosen=chosen) for r, chosen in told]
 

@@ -25,6 +25,7 @@ from kdscale.core.answers_config import Answers
 from kdscale.core.config import Distill, ZeroShotSpec
 from kdscale.core.eval_config import Cka
 from kdscale.core.journal import Line, read_steps
+from kdscale.core.stopping import early_in_words
 from kdscale.core.storage import StageStore, Storage
 from kdscale.core.trained import epoch_suffix
 from kdscale.core.types import DataError, StorageError, UnfinishedStage
@@ -122,6 +123,7 @@ class Outcome:
         items: What `kdscale.eval.score` takes, of answers to a benchmark.
         comparison: What `cka.json` says; empty for other stages and where unfinished.
         epoch: Where it was read; None for the stage's end.
+        early: `stopped early at step N`, where a scheduler has.
     """
 
     stage: Stage
@@ -136,6 +138,7 @@ class Outcome:
     seconds: float | None = None
     note: str = ""
     epoch: int | None = None
+    early: str = ""
 
     @property
     def last_step(self) -> int | None:
@@ -229,7 +232,8 @@ def read_outcome(stage: Stage, storage: Storage, epoch: int | None = None) -> Ou
     store = stage.store(storage)
     journal = until(epoch, stage, read_steps(store))
     if not is_finished(stage, storage):
-        return Outcome(stage=stage, done=False, journal=journal, epoch=epoch)
+        early, why = early_in_words(store)
+        return Outcome(stage=stage, done=False, journal=journal, note=why, early=early, epoch=epoch)
     classes = _classes_of(stage)
     predictions, items, score, note = None, None, None, "the recipe names no benchmark"
     if classes is not None:

@@ -29,10 +29,11 @@ from kdscale.stages.inputs import Source, content_of, find_source
 from kdscale.stages.jobs import embed_recipe, features_recipe
 from kdscale.sweep.amounts import amount, beside_recipe
 from kdscale.sweep.check import check_cacheable, check_paths, check_recipe
+from kdscale.sweep.chosen import Chosen, check_search, configs_of
 from kdscale.sweep.cka import add_cka
 from kdscale.sweep.cost import bytes_out, feature_saving, flops, saving, total
 from kdscale.sweep.gates import add_gate, gate_source
-from kdscale.sweep.grid import Sweep
+from kdscale.sweep.grid import Sweep, Trial
 from kdscale.sweep.kept import keeping, looked_up
 from kdscale.sweep.naming import label
 from kdscale.sweep.prices import Rates, default_rates
@@ -50,6 +51,8 @@ class Plan:
         notes: What the sweeps ask for and the scale does not have, in words.
         rates: What hours and money are counted by.
         redo: Keys of stages that are run though all their trials have what they need.
+        overrides: Recipe fields that were set last.
+        searches: {sweep: what its searcher has chosen so far}.
     """
 
     scale: Scale
@@ -60,6 +63,8 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     rates: Rates = field(default_factory=default_rates)
     redo: frozenset[str] = frozenset()
+    overrides: dict[str, Any] = field(default_factory=dict)
+    searches: dict[str, Chosen] = field(default_factory=dict)
 
     def gpu_hours(self, flops: float | None) -> float | None:
         """Returns the hours of one accelerator that operations take, None where unknown."""
@@ -78,6 +83,7 @@ class Plan:
         works = [stage.work for stage in self.stages.values()]
         guessed = {"estimated": any(stage.estimated for stage in self.stages.values())}
         teachers, features = saving(works), feature_saving(works)
+        to_choose = {name: chosen.num_left for name, chosen in self.searches.items()}
         return {
             "trials": [
                 {
@@ -92,7 +98,7 @@ class Plan:
             "cost": self._cost(),
             "teacher_cache": teachers and teachers.document(self.rates) | guessed,
             "feature_cache": features and features.document(self.rates) | guessed,
-        }
+        } | ({"to_choose": to_choose} if to_choose else {})
 
     def _stage_document(self, stage: Stage) -> dict[str, Any]:
         """Returns a stage as JSON."""
@@ -140,7 +146,7 @@ class Planner:
     """
 
     def __init__(self, storage: Storage, scale: Scale, overrides: Mapping[str, Any]) -> None:
-        self.plan = Plan(scale=scale, storage=storage)
+        self.plan = Plan(scale=scale, storage=storage, overrides=dict(overrides))
         self.overrides = dict(overrides)
         self._sources: dict[tuple[str, str], Source | None] = {}
         self.names: set[str] = set()
@@ -151,7 +157,13 @@ class Planner:
         Raises:
             ConfigError: If an override sets what the sweep varies, or a recipe cannot run.
         """
-        for trial in sweep.trials(self.overrides):
+        trials = sweep.trials(self.overrides, configs_of(self, sweep))
+        self.add_trials(sweep.name, trials)
+        check_search(self.plan, sweep)
+
+    def add_trials(self, sweep: str, trials: Sequence[Trial]) -> None:
+        """Adds trials of a sweep; ConfigError if a recipe cannot run."""
+        for trial in trials:
             path: list[str] = []
             epoch = None
             if isinstance(trial.recipe, Vlm):
@@ -162,7 +174,7 @@ class Planner:
             key = path[-1]
             add_cka(self, trial, tower, path)
             whole = tuple(dict.fromkeys(path))
-            planned = PlannedTrial(sweep=sweep.name, trial=trial, path=whole, key=key, epoch=epoch)
+            planned = PlannedTrial(sweep=sweep, trial=trial, path=whole, key=key, epoch=epoch)
             self.plan.trials.append(planned)
 
     def distill(self, recipe: Distill, name: str, path: list[str]) -> TowerSpec:

@@ -14,6 +14,7 @@ from rich.table import Table
 from kdscale.core.config import Distill
 from kdscale.core.journal import JournalReader, Line, read_steps
 from kdscale.core.lease import Lease
+from kdscale.core.stopping import stopped
 from kdscale.core.storage import Storage
 from kdscale.core.types import StageStopped, StorageError
 from kdscale.sweep.kept import is_finished
@@ -86,7 +87,10 @@ class Follower:
         """Shows new lines and new failures; a storage fault is left to the next look."""
         for stage in self._plan.remaining():
             with suppress(OSError, StorageError):
-                for line in self._readers[stage.key].new_lines():
+                known = self._readers.setdefault(
+                    stage.key, JournalReader(stage.store(self._plan.storage))
+                )
+                for line in known.new_lines():
                     self._progress.line(stage, line)
                 failure = stage.store(self._plan.storage).failure()
                 if failure and failure != self._failures.get(stage.key):
@@ -139,7 +143,10 @@ def _measured(line: Line) -> str:
 
 
 def stage_state(stage: Stage, storage: Storage) -> tuple[str, str]:
-    """Returns a stage's state (done, running, failed, interrupted, waiting) and how far it is."""
+    """Returns a stage's state and how far it is.
+
+    The states: done, running, failed, stopped early, interrupted, waiting.
+    """
     store = stage.store(storage)
     if is_finished(stage, storage):
         return "done", ""
@@ -149,11 +156,21 @@ def stage_state(stage: Stage, storage: Storage) -> tuple[str, str]:
     detail = describe_line(lines[-1], stage.total_steps) if lines else ""
     if Lease.seems_held(store):
         return "running", detail
+    note = stopped(store)
+    if note is not None:
+        value = _last_evaluation(lines)
+        return "stopped early", f"at step {note['step']}{value} ({note['reason']})"
     failure = store.failure()
     if failure is not None:
         return "failed", failure["message"]
     was_begun = lines or Lease.is_left(store)
     return ("interrupted", detail) if was_begun else ("waiting", "")
+
+
+def _last_evaluation(lines: list[Line]) -> str:
+    """Says what the last evaluation found."""
+    found = [line["zero_shot_top1"] for line in lines if "zero_shot_top1" in line]
+    return f", top-1 {found[-1]:.1f} %" if found else ""
 
 
 def print_status(plan: Plan, console: Console) -> None:
@@ -163,6 +180,16 @@ def print_status(plan: Plan, console: Console) -> None:
         state, detail = stage_state(stage, plan.storage)
         table.add_row(stage.kind, stage.name, stage.key, state, detail)
     console.print(table)
+    print_to_choose(plan, console)
+
+
+def print_to_choose(plan: Plan, console: Console) -> None:
+    """Says how many trials searchers will choose."""
+    for sweep, chosen in plan.searches.items():
+        if chosen.num_left:
+            so_far = f"{len(chosen.configs)} chosen so far"
+            left = f"+ {chosen.num_left} to be chosen while running"
+            console.print(f"{escape(sweep)}: {so_far}, {left}")
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -170,6 +197,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     if any(stage.kind == "teacher" for stage in plan.stages.values()):
         console.print(teacher_table(plan))
     console.print(stage_tree(plan))
+    print_to_choose(plan, console)
     console.print(_cost_line(plan.document()["cost"]))
     _print_savings(plan, console)
     for text in sorted(set(plan.missing)):

@@ -39,6 +39,7 @@ from kdscale.sweep.grids import (
 )
 from kdscale.sweep.plan import Plan
 from kdscale.sweep.report import Report, Table
+from kdscale.sweep.search_views import search_figure, search_grid
 from kdscale.sweep.sheet import sheet_figure
 from kdscale.sweep.vlm_outcomes import VlmRow
 
@@ -84,6 +85,8 @@ def print_report(report: Report, console: Console) -> None:
         rows = report.of(table.sweep)
         console.print()
         console.rule(Text(table.sweep, style="bold"))
+        for grid in _search_grids(report, table):
+            print_grid(grid, console)
         print_grid(pivot_grid(table, rows), console)
         print_grid(trial_grid(rows), console)
         console.print(Text(report.verdict(table.sweep)))
@@ -100,6 +103,11 @@ def _vlm_grids(row: VlmRow) -> list[Grid]:
     """Returns a VLM's tables: its questions, unless it was asked benchmarks alone, and those."""
     questions = [vlm_grid(row)] if row.scores or not row.benchmarks else []
     return [*questions, *([benchmark_grid(row)] if row.benchmarks else [])]
+
+
+def _search_grids(report: Report, table: Table) -> list[Grid]:
+    """Returns the table of a sweep's search, where it is one."""
+    return [search_grid(found) for found in report.searches if found.sweep == table.sweep]
 
 
 def print_grid(grid: Grid, console: Console) -> None:
@@ -200,13 +208,16 @@ def _section(report: Report, table: Table, storage: Storage) -> str:
     sweep = table.sweep
     rows = report.of(sweep)
     figures = [_html_figure(plot, sweep, partial(draw, report, sweep)) for plot, draw in PLOTS]
+    searches = "".join(map(html_grid, _search_grids(report, table)))
+    if searches:
+        searches += _html_figure(SEARCH, sweep, partial(search_figure, report, sweep))
     figures.append(_html_figure(SHEET, sweep, partial(sheet_figure, report, sweep, storage)))
     grids = [grid for row in report.vlms if row.sweep == sweep for grid in _vlm_grids(row)]
     grids += cka_grids(report.compared(sweep))
     vlms = "".join(map(html_grid, grids))
     return (
         f"<section><h2>{escape(sweep)}</h2><p>{escape(report.verdict(sweep))}</p>"
-        f"{html_grid(pivot_grid(table, rows))}{figures[0]}{html_grid(trial_grid(rows))}"
+        f"{searches}{html_grid(pivot_grid(table, rows))}{figures[0]}{html_grid(trial_grid(rows))}"
         f"{''.join(figures[1:])}{vlms}</section>"
     )
 
@@ -258,6 +269,12 @@ PLOTS = (
         ),
         cka_figure,
     ),
+)
+SEARCH = _Plot(
+    "search",
+    "What the search found",
+    "A dot is a finished trial; a cross is the last evaluation of one that was stopped early.",
+    "no trial has been evaluated",
 )
 SHEET = _Plot(
     "samples",

@@ -35,6 +35,7 @@ from kdscale.sweep.outcomes import (
     read_outcome,
 )
 from kdscale.sweep.plan import Plan, PlannedTrial
+from kdscale.sweep.search_outcomes import SearchTable, search_tables
 from kdscale.sweep.vlm_outcomes import VlmRow, vlm_rows
 
 
@@ -89,6 +90,7 @@ class Report:
     warnings: tuple[str, ...]
     vlms: tuple[VlmRow, ...] = ()
     comparisons: tuple[CkaRow, ...] = ()
+    searches: tuple[SearchTable, ...] = ()
     outcomes: dict[str, Outcome] = field(repr=False)
 
     @property
@@ -114,6 +116,10 @@ class Report:
         done, total = self.num_done, len(self._whole)
         if done == total:
             return f"All {total} stages are finished."
+        ends = [row.has_ended for table in self.searches for row in table.rows]
+        to_choose = sum(table.num_left for table in self.searches)
+        if ends and all(ends) and not to_choose and len(ends) == len(self.trials + self.vlms):
+            return f"{done} of {total} stages are finished; the others were stopped early."
         if done == 0:
             return f"Nothing is finished yet (0 of {total} stages). Run: {self.command}"
         return f"{done} of {total} stages are finished. For the rest run: {self.command}"
@@ -144,6 +150,7 @@ class Report:
                 "teachers": [_row_document(row) for row in self.teachers],
                 "vlms": [row.document() for row in self.vlms],
                 "cka": [row.document() for row in self.comparisons],
+                "searches": [table.document() for table in self.searches],
                 "tables": [_table_document(table) for table in self.tables],
                 "warnings": self.warnings,
             }
@@ -224,6 +231,7 @@ def build_report(plan: Plan, sweeps: Sequence[Sweep], *, command: str | None = N
         tables=tuple(tables),
         vlms=vlms,
         comparisons=cka_rows(chosen, outcomes, vlms),
+        searches=search_tables(plan, sweeps, outcomes),
         warnings=tuple(warnings),
         outcomes=outcomes,
     )
@@ -293,7 +301,7 @@ def _common(outcome: Outcome, notes: Sequence[str]) -> dict[str, Any]:
     """Returns the fields that the rows of trials and teachers share."""
     return {
         "key": student_key(outcome.stage.key, outcome.epoch),
-        "state": DONE if outcome.done else NOT_FINISHED,
+        "state": DONE if outcome.done else outcome.early or NOT_FINISHED,
         "step": outcome.last_step,
         "total_steps": outcome.stage.total_steps,
         "seconds": outcome.seconds,

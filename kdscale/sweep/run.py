@@ -11,6 +11,7 @@ from rich.text import Text
 
 from kdscale.core.types import NoShards
 from kdscale.sweep.budget import NO_LIMITS, Budget, Limits, stopped_apart
+from kdscale.sweep.chosen import is_left, split
 from kdscale.sweep.grid import Sweep
 from kdscale.sweep.plan import Plan
 from kdscale.sweep.progress import Follower, Progress, print_plan
@@ -28,6 +29,7 @@ def execute(
     tracking_uri: str | None,
     command: str,
     limits: Limits = NO_LIMITS,
+    resume_stopped: bool = False,
 ) -> None:
     """Runs what a plan still lacks and reports.
 
@@ -38,6 +40,7 @@ def execute(
         tracking_uri: MLflow server; None for SQLite in the storage.
         command: What runs the rest of a study that did not finish.
         limits: What the run may use.
+        resume_stopped: Go on with trials that a scheduler has stopped, to their end.
 
     Raises:
         NoShards: If input data are not at hand.
@@ -54,15 +57,21 @@ def execute(
     print_plan(plan, console)
     budget = Budget(plan, limits, progress.say)
     budget.check()
-    if not plan.remaining():
-        progress.say("[green]every stage is finished already: nothing to run[/]")
+    alone, steered = split(plan, sweeps, resume_stopped)
+    if not is_left(plan, sweeps, resume_stopped):
+        ended = "finished" if not plan.remaining() else "finished or stopped early"
+        progress.say(f"[green]every stage is {ended} already: nothing to run[/]")
     prepare(plan, progress.say)
 
     def connect() -> list[Tracker]:
         return [Tracker(uri, sweep.name, plan) for sweep in sweeps]
 
     with Follower(plan, progress), Mirror(connect) as mirror, budget:
-        failures = run_plan(plan)
+        failures = run_plan(alone)
+        for sweep in steered:
+            from kdscale.sweep.steer import run_search
+
+            failures += run_search(plan, sweep, progress.say, lambda: bool(budget.reason))
     if limits:
         progress.say(f"used about {rounded(budget.hours)} {budget.unit}")
     _publish(plan, sweeps, mirror, console, command)

@@ -29,8 +29,10 @@ from kdscale.core.config import Embed, Execution
 from kdscale.core.eval_config import Cka
 from kdscale.core.lease import Lease
 from kdscale.core.stop import check_stop
+from kdscale.core.stopping import forget_stop
 from kdscale.core.storage import Storage
 from kdscale.core.types import (
+    EndedEarly,
     ImpossibleResources,
     KdscaleError,
     LeaseLost,
@@ -96,7 +98,7 @@ def start_ray() -> None:
         except Exception as error:  # a busy machine misses Ray's own fixed start-up limits
             ray.shutdown()
             if attempt == START_ATTEMPTS - 1:
-                raise StageFailed(f"Ray did not start: {_last_line(error)}") from error
+                raise StageFailed(f"Ray did not start: {last_line(error)}") from error
 
 
 def ship_own_losses(plan: Plan) -> None:
@@ -249,15 +251,20 @@ def run_plan(plan: Plan) -> list[TrialFailure]:
                 trial_name_creator=lambda trial: waiting[trial.config["trial"]].key,
                 trial_dirname_creator=lambda trial: waiting[trial.config["trial"]].key,
             ),
-            run_config=ray.tune.RunConfig(
-                name="trials",
-                storage_path=scratch,
-                verbose=0,
-                failure_config=ray.tune.FailureConfig(max_failures=TRIAL_RETRIES),
-            ),
+            run_config=run_config(scratch),
         )
         results = tuner.fit()
     return _failures(waiting, results)
+
+
+def run_config(scratch: str) -> ray.tune.RunConfig:
+    """Returns how Tune keeps its own books; nothing reads them."""
+    return ray.tune.RunConfig(
+        name="trials",
+        storage_path=scratch,
+        verbose=0,
+        failure_config=ray.tune.FailureConfig(max_failures=TRIAL_RETRIES),
+    )
 
 
 def waiting_trials(plan: Plan) -> list[PlannedTrial]:
@@ -292,13 +299,13 @@ def _failures(trials: Sequence[PlannedTrial], results: Any) -> list[TrialFailure
     for result in results:
         message: str | None = (result.metrics or {}).get(REFUSED)
         if result.error is not None:
-            message = _last_line(result.error)
+            message = last_line(result.error)
         if message is not None:
             found.append(TrialFailure(trials[result.config["trial"]], message))
     return found
 
 
-def _last_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
     """Returns the last line of an error's text, where Ray puts the cause."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
@@ -309,11 +316,21 @@ def _run_trial(config: dict[str, Any], plan: Plan) -> dict[str, Any]:
     trial = waiting_trials(plan)[config["trial"]]
     try:
         run_stages([plan.stages[key] for key in trial.path], plan.storage)
+    except EndedEarly:
+        pass  # its stage says so
     except KdscaleError as error:
-        if not isinstance(error, StageRefused) and final_cause(error) is None:
-            raise
-        return {"key": trial.key, REFUSED: str(error)}  # Tune would try again
+        return {"key": trial.key, REFUSED: refusal(error)}
     return {"key": trial.key}
+
+
+def refusal(error: KdscaleError) -> str:
+    """Returns the words of an error that another attempt would meet again; raises any other.
+
+    Tune would try again what is raised.
+    """
+    if not isinstance(error, StageRefused) and final_cause(error) is None:
+        raise error
+    return str(error)
 
 
 def run_stages(path: Sequence[Stage], storage: Storage) -> None:
@@ -321,6 +338,7 @@ def run_stages(path: Sequence[Stage], storage: Storage) -> None:
 
     Raises:
         StageFailed: If the workers failed; StageRefused where they would fail again or are to stop.
+        EndedEarly: If a scheduler has ended the attempt.
     """
     while pending := _unfinished(path, storage):
         with ExitStack() as leases, suppress(LeaseLost):  # then another writer is waited for
@@ -336,6 +354,7 @@ def run_stages(path: Sequence[Stage], storage: Storage) -> None:
                 if _unfinished(path, storage) == pending:
                     for stage in pending:
                         reopen_unless_finished(stage, storage)
+                        forget_stop(stage.store(storage))
                     _run_in_turn(pending, tokens, storage)
                 continue
         time.sleep(WAIT_FOR_WRITER_S * random.uniform(0.5, 1.5))  # two must not stay in step
@@ -348,7 +367,6 @@ def _unfinished(path: Sequence[Stage], storage: Storage) -> list[Stage]:
 
 def _run_in_turn(stages: Sequence[Stage], tokens: Sequence[str], storage: Storage) -> None:
     """Runs stages one after the other; neighbours that train share a group of workers."""
-    from kdscale.stages.ask import ask_all, read_questions
     from kdscale.stages.worker import embed, fit
 
     pairs = list(zip(stages, tokens, strict=True))
@@ -361,7 +379,10 @@ def _run_in_turn(stages: Sequence[Stage], tokens: Sequence[str], storage: Storag
                     answers.append((job, stage.recipe))
                 else:
                     embed(shard_job(stage, token, storage))
-            ask_all((job, read_questions(recipe)) for job, recipe in answers)
+            if answers:
+                from kdscale.stages.ask import ask_all, read_questions  # with transformers
+
+                ask_all((job, read_questions(recipe)) for job, recipe in answers)
         else:
             fit([group_job(stage, token, storage) for stage, token in group])
 

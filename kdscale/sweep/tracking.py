@@ -29,6 +29,7 @@ from pydantic import BaseModel
 from kdscale.core.answers_config import Answers
 from kdscale.core.config import Distill
 from kdscale.core.journal import JournalReader, Line, read_steps
+from kdscale.core.stopping import stopped
 from kdscale.core.storage import Storage
 from kdscale.core.types import DataError, StorageError, UnfinishedStage
 from kdscale.core.vlm_config import VlmStage
@@ -121,8 +122,15 @@ class Tracker:
             run.end()
         for path in (files or {}).values():
             self._client.log_artifact(self._parent, path, "report")
-        complete = all(s.store(self._plan.storage).is_done() for s in self._own_stages())
+        complete = all(self._has_ended(stage) for stage in self._own_stages())
         self._client.set_terminated(self._parent, "FINISHED" if complete else "FAILED")
+
+    def _has_ended(self, stage: Stage) -> bool:
+        """Tells whether a stage is finished, or it or one of its inputs was stopped early."""
+        if stage.store(self._plan.storage).is_done():
+            return True
+        needed = [self._plan.stages[key] for key in stage.inputs]
+        return any(stopped(s.store(self._plan.storage)) for s in [stage, *needed])
 
     def _own_stages(self) -> list[Stage]:
         """Returns the stages of this sweep's trials."""
@@ -185,7 +193,7 @@ class _StageRun:
         self._may_score = isinstance(stage.recipe, Answers)
         self._log_params()
         run = client.get_run(run_id)
-        if run.info.status == "FAILED" and not self._store.is_done():
+        if run.info.status in ("FAILED", "KILLED") and not self._store.is_done():
             client.update_run(run_id, "RUNNING")
 
     def send(self) -> None:
@@ -227,6 +235,12 @@ class _StageRun:
     def end(self) -> None:
         """Marks the run finished, once, with its outputs attached; or failed."""
         if not self._store.is_done():
+            note = stopped(self._store)
+            if note is not None:
+                words = f"stopped early at step {note['step']}: {note['reason']}"
+                self._client.set_tag(self._run_id, "mlflow.note.content", words)
+                self._client.set_terminated(self._run_id, "KILLED")
+                return
             failure = self._store.failure()
             if failure is not None:
                 self._client.set_tag(self._run_id, "mlflow.note.content", failure["message"])

@@ -107,7 +107,7 @@ def _row(planned: PlannedTrial, outcomes: Mapping[str, Outcome], suite: SuiteSpe
         name=planned.trial.name,
         sweep=planned.sweep,
         key=planned.key,
-        state=NOT_FINISHED if left else DONE,
+        state=(left[0].early or NOT_FINISHED) if left else DONE,
         stage=(left[0] if left else last).stage.kind,
         chosen=dict(planned.trial.chosen),
         scores=family_scores(answers) if answers else (),
