@@ -31,7 +31,7 @@ search = Search(
     mode="max",
     num_trials=12,
     seed=0,
-    scheduler=ASHAScheduler(time_attr="progress", max_t=100, grace_period=12.5, reduction_factor=2),
+    scheduler=ASHAScheduler(time_attr="progress", max_t=100, grace_period=12, reduction_factor=2),
 )
 sweep = Sweep(
     name="loss_weights",
