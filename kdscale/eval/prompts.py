@@ -32,7 +32,7 @@ def with_options(question: str, options: Sequence[str | None], heading: str = " 
 
     Args:
         question: What is asked.
-        options: The options' texts in order; None is not listed, and those after it keep theirs.
+        options: The options' texts in order; None is left out, and takes its letter with it.
         heading: Stands between question and options.
     """
     listed = zip(LETTERS, options, strict=False)

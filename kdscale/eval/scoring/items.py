@@ -176,11 +176,11 @@ class _Reader:
             self.fail(f"options must be a list of strings, not {_shown(value, 80)}")
         options = list(listed)
         if self.benchmark == "mmbench":
-            options = ["" if o is None or o == ABSENT or o != o else o for o in options]
-            while options and options[-1] == "":
-                options.pop()
+            options = ["" if _is_absent(option) else option for option in options]
         if not all(isinstance(option, str) for option in options):
             self.fail(f"options must be a list of strings, not {_shown(value, 80)}")
+        while self.benchmark == "mmbench" and options and not options[-1]:
+            options.pop()
         if listed and not any(option.strip() for option in options):
             self.fail(f"every option is blank: {_shown(value, 80)}")
         return tuple(options)
@@ -257,6 +257,11 @@ class _Reader:
 def _plain(value: Any) -> Any:
     """Returns NumPy's scalars and arrays as Python's own; everything else as it is."""
     return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
+
+
+def _is_absent(option: Any) -> bool:
+    """Whether MMBench has no such option, in its own spelling or as pandas reads that."""
+    return option is None or (isinstance(option, str | float) and str(option) == ABSENT)
 
 
 def _digits(value: Any) -> str | None:
