@@ -96,7 +96,7 @@ class Layout:
         kind: How the gold is written; a mapping where it depends on the question type.
         question_types: Known question types; empty where they do not matter.
         categories: Known categories; empty where they do not matter.
-        num_options: Options that every question of the original has; 0 where that differs.
+        num_options: Options that the original has columns for; 0 where questions differ in number.
     """
 
     kind: Kind | Mapping[str, Kind]
@@ -171,17 +171,17 @@ class _Reader:
     def options(self) -> tuple[str, ...]:
         """Returns the option texts; MMBench's absent ones are empty, or left out at the end."""
         value = _plain(self.raw.get("options"))
-        listed = () if value is None else value
-        if not isinstance(listed, (list, tuple)):
+        given = () if value is None else value
+        if not isinstance(given, (list, tuple)):
             self.fail(f"options must be a list of strings, not {_shown(value, 80)}")
-        options = list(listed)
+        options = list(given)
         if self.benchmark == "mmbench":
             options = ["" if _is_absent(option) else option for option in options]
         if not all(isinstance(option, str) for option in options):
             self.fail(f"options must be a list of strings, not {_shown(value, 80)}")
         while self.benchmark == "mmbench" and options and not options[-1]:
             options.pop()
-        if listed and not any(option.strip() for option in options):
+        if given and not any(option.strip() for option in options):
             self.fail(f"every option is blank: {_shown(value, 80)}")
         return tuple(options)
 
