@@ -28,6 +28,7 @@ from kdscale.core.types import (
     MissingBenchmark,
     UnknownName,
 )
+from kdscale.eval import score
 from kdscale.eval.benchmarks import BENCHMARKS
 from kdscale.eval.images import StoredImage, read_images
 from kdscale.eval.matching import is_right
@@ -118,15 +119,32 @@ def test_what_the_modes_change(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("answer", "gold"),
-    [("12", "12"), ("['24/7', '3.429']", ("24/7", "3.429")), ("[0, 1)", "[0, 1)")],
+    ("answer", "golds"),
+    [
+        ("12", ("12",)),
+        ("['24/7', '3.429']", ("24/7", "3.429")),
+        ("['24/7','3.429']", ("24/7", "3.429")),
+        ("[5, 7]", ("5", "7")),
+        ("[0, 1)", ("[0, 1)",)),
+    ],
 )
-def test_open_answers_of_mmmu(tmp_path: Path, answer: str, gold: Any):
+def test_open_answers_of_mmmu(tmp_path: Path, answer: str, golds: tuple[str, ...]):
     changes = {"question_type": "open", "answer": answer, "options": "[]"}
     found = questions("mmmu", write(tmp_path, "mmmu", changes))[0]
-    assert found.gold == gold
+    assert found.gold == answer
     assert found.prompt == f" Who painted it?\n{WORD}"
-    assert found.item("x")["gold"] == (gold if isinstance(gold, str) else list(gold))
+    assert score("mmmu", [found.item(answer)]).value == 100  # the reference compares the text
+    assert all(score("mmmu", [found.item(gold)], "corrected").value == 100 for gold in golds)
+
+
+@pytest.mark.parametrize("mode", ["paper", "corrected"])
+def test_gaps_in_mmbench_keep_letters(tmp_path: Path, mode: Any):
+    changes = {"A": "ice", "B": "nan", "C": "tea", "D": "nan", "answer": "C"}
+    found = questions("mmbench", write(tmp_path, "mmbench", changes), mode=mode)[0]
+    assert found.prompt == f"Think.\nWhich is warm? Options:\nA. ice\nC. tea\n{LETTER}"
+    assert (found.gold, found.options) == ("C", ("ice", "nan", "tea"))
+    assert score("mmbench", [found.item("C")], mode).value == 100
+    assert score("mmbench", [found.item("B")], mode).unparsed_share == 1
 
 
 def test_other_forms_of_rows(tmp_path: Path):
@@ -151,6 +169,7 @@ MALFORMED = [
     ("mme_p", NO_IMAGE, "image is missing"),
     ("mmbench", {"answer": "C"}, "none of the 2 options"),
     ("mmbench", {"index": None}, "index is None"),
+    ("mmbench", {"A": "nan", "answer": "A"}, "not there"),
     ("seedbench", {"image": []}, "image is missing"),
     ("seedbench", {"choice_b": None}, "choice_a to choice_d"),
     ("gqa", {"imageId": "n2"}, "image is missing"),
@@ -184,6 +203,39 @@ def test_malformed_rows_are_named(tmp_path: Path, name: str, changes: Any, said:
         root = write(tmp_path / mode, name, changes)
         with pytest.raises(BadBenchmark, match=f"^{name}: .* item 0: .*{said}"):
             questions(name, root, mode=mode)
+
+
+RETYPED = [
+    ("gqa", "types", '{"semantic": "rel"}', "types is no struct"),
+    ("mathvista", "metadata", "{}", "metadata is no struct"),
+    ("docvqa", "question_types", [None], "question_types is no list of texts"),
+    ("docvqa", "question_types", "form", "question_types is no list of texts"),
+    ("docvqa", "answers", 5, "answers is no list of texts: 5"),
+    ("textvqa", "ocr_tokens", 5.5, "ocr_tokens is no list of texts"),
+    ("scienceqa", "choices", 3, "choices is no list of texts"),
+    ("scienceqa", "choices", ["", " "], "choices are all blank"),
+    ("scienceqa", "answer", 1.5, "answer is 1.5, no whole number"),
+    ("scienceqa", "answer", True, "answer is True, no whole number"),
+    ("ai2d", "options", [""], "options are all blank"),
+    ("ai2d", "answer", "1.5", "answer is '1.5', no whole number"),
+    ("ai2d", "answer", True, "answer is True, no whole number"),
+    ("mmbench", "index", float("inf"), "index is inf, no whole number"),
+    ("mmbench", "index", float("nan"), "index is nan, no whole number"),
+]
+
+
+@pytest.mark.parametrize(("name", "column", "value", "said"), RETYPED)
+def test_columns_of_other_types_are_named(
+    tmp_path: Path, name: str, column: str, value: Any, said: str
+):
+    root = write(tmp_path, name)
+    file = root / name / BENCHMARKS[name].files.replace("*", "00000-of-00001")
+    table = pq.read_table(file)
+    if column in table.column_names:
+        table = table.drop_columns([column])
+    pq.write_table(table.append_column(column, [[value] * len(table)]), file)
+    with pytest.raises(BadBenchmark, match=f"^{name}: .* item 0: .*{re.escape(said)}"):
+        questions(name, root)
 
 
 def test_all_bad_rows_are_found_at_once(tmp_path: Path):

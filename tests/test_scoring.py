@@ -6,6 +6,7 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kdscale.eval import BadItem, score
@@ -58,6 +59,12 @@ LETTERS = [
     ("seedbench", "The answer is A. No, the answer is B", "B", 1, 1),
     ("seedbench", "The answer is B because it is", "B", 1, 1),
     ("seedbench", "The answer is a dog", "A", 1, 0),
+    ("seedbench", "The answer is b because it is", "B", 1, 1),
+    ("seedbench", "answer: d is right", "D", 1, 1),
+    ("seedbench", "The answer is A because it is", "A", 1, 1),
+    ("seedbench", "THE ANSWER IS A DOG", "A", 1, 0),
+    ("seedbench", "The answer is d-shaped", "D", 1, 0),
+    ("seedbench", "The answer is D'Artagnan", "D", 1, 0),
     ("seedbench", "A dog", "A", 1, 0),
     ("seedbench", "because", "B", 1, 0),
     ("seedbench", "Carnivores", "C", 1, 0),
@@ -101,6 +108,24 @@ NUMBERS = [
     ("chartqa", "-€5", "-5", 0, 1),
     ("chartqa", "12 cm", "12", 0, 1),
     ("chartqa", "12 million", "12", 0, 0),
+    ("chartqa", "12 million", "12 million", 1, 1),
+    *[
+        ("chartqa", f"12{scale}", "12", 0, 0)
+        for scale in ("k", "K", "m", "M", "bn", "b", "t", " bn", " k", " M", "k people", "Million")
+    ],
+    ("chartqa", "$12 US$ million", "12", 0, 0),
+    ("chartqa", "12k", "12K", 1, 1),
+    *[
+        ("mathvista", text, "30", 0, 1)
+        for text in ("30°", "30 °", "30 °C", "30 degrees", "30 square meters", "30 sq ft", "30 m²")
+    ],
+    *[
+        ("mathvista", text, "30", 0, 1)
+        for text in ("30 sq. ft.", "30 miles per hour", "30 m", "30m/s", "30 K", "30 years old")
+    ],
+    *[("chartqa", text, "5", 0, 1) for text in ("USD 5", "US$5", "5 USD", "Rs. 5", "5 per cent")],
+    ("chartqa", "USDA 5", "5", 0, 0),
+    ("chartqa", "5 or so of them", "5", 0, 0),
     ("chartqa", "1,000", "1000", 0, 1),
     ("chartqa", "1e3", "1000", 1, 1),
     ("chartqa", "1_000", "1000", 1, 0),
@@ -128,6 +153,13 @@ NUMBERS = [
     ("mmmu", "24/7", ["24/7", "3.429"], 0, 1),
     ("mmmu", "3.5", ["24/7", "3.429"], 0, 1),
     ("mmmu", "24/7", "['24/7', '3.429']", 0, 1),
+    ("mmmu", "['24/7', '3.429']", "['24/7', '3.429']", 1, 0),
+    ("mmmu", "['24/7', '3.429']", ["24/7", "3.429"], 1, 0),
+    ("mmmu", "['24/7', '3.429']", "['24/7','3.429']", 0, 0),
+    ("mmmu", "7", "[5, 7]", 0, 1),
+    ("mmmu", "7", [5, 7], 0, 1),
+    ("mmmu", "[5, 7]", [5, 7], 1, 0),
+    ("mmmu", "5", 5, 1, 1),
 ]
 TEXTS = [
     ("mme_p", "Yes", "Yes", 1, 1),
@@ -155,6 +187,17 @@ TEXTS = [
     ("ocrbench", "2012", ["12"], 1, 0),
     ("ocrbench", "12.5", ["12"], 1, 0),
     ("ocrbench", "($12)", ["12"], 1, 1),
+    ("ocrbench", ".5", ["5"], 1, 0),
+    ("ocrbench", "costs $.5", ["5"], 1, 0),
+    ("ocrbench", "No.5", ["5"], 1, 1),
+    ("ocrbench", "0.5", [".5"], 1, 0),
+    ("ocrbench", "US$5", ["$5"], 1, 1),
+    ("ocrbench", "$5.50", ["$5"], 1, 0),
+    ("ocrbench", "50%off", ["50%"], 1, 1),
+    ("ocrbench", "150%", ["50%"], 1, 0),
+    ("ocrbench", "3-5", ["-5"], 1, 0),
+    ("ocrbench", "stopping", ["stop"], 1, 0),
+    ("ocrbench", "10.stop", ["stop"], 1, 1),
     ("ocrbench", "it is 3 or 12", ["99", "12"], 1, 1),
     ("ocrbench", "ＳＴＯＰ", ["stop"], 0, 1),
     ("docvqa", "ab", ["abcd"], 0.5, 0.5),
@@ -269,7 +312,9 @@ def test_pairs_half_right_before_a_full_one(rights: tuple[int, ...]) -> None:
     ]
     assert score("mmvp", rows).value == score("mmvp", rows, "corrected").value == 50
     assert score("mmvp", rows).chance == score("mmvp", rows, "corrected").chance == 25
-    assert score("mmvp", rows[1:], "corrected").value == 50  # the first pair is incomplete
+    second = 100 * (rights[1] + 1) / 2  # of the first pair, as its only item that is given
+    assert score("mmvp", rows[1:], "corrected").value == second
+    assert score("mmvp", rows[1:], "corrected").chance == (50 + 25) / 2
 
 
 @pytest.mark.parametrize("wrong", range(4))
@@ -282,12 +327,63 @@ def test_one_wrong_rotation_spoils_the_question(wrong: int) -> None:
     found = score("mmbench", rows, "corrected")
     assert (found.value, found.num_groups, found.n) == (0, 1, 4)
     rest = [row for place, row in enumerate(rows) if place != wrong]
-    assert score("mmbench", rest, "corrected").value == 0
+    alone = score("mmbench", rest, "corrected")  # a question has the rows that are given
+    assert (alone.value, alone.chance) == (100, pytest.approx(100 / 4**3))
     assert found.chance == pytest.approx(100 / 4**4)
     bare = [row | {"image_sha256": ""} for row in rows]  # rotations are told by their index alone
     assert score("mmbench", bare, "corrected") == found
     with pytest.raises(BadItem, match="mmbench item 0: has no group"):
         score("mmbench", [row | {"group": ""} for row in bare], "corrected")
+
+
+@pytest.mark.parametrize("mode", ["paper", "corrected"])
+def test_absent_options_keep_their_letter(mode: Any) -> None:
+    options = ["ice", "nan", "tea", "nan"]
+    row = item("mmbench", "C", "C", options=options)
+    found = score("mmbench", [row], mode)
+    assert (found.value, found.chance, found.unparsed_share) == (100, 50, 0)
+    for other, unparsed in (("A", 0), ("B", 1), ("D", 1), ("nan", 1)):
+        found = score("mmbench", [row | {"prediction": other}], mode)
+        assert (found.value, found.unparsed_share) == (0, unparsed)
+    assert scores("mmbench", "tea", "C", options=options)[1] == 1
+    with pytest.raises(BadItem, match="mmbench item '7': gold 'B' is an option that is not there"):
+        score("mmbench", [row | {"gold": "B"}], mode)
+
+
+@pytest.mark.parametrize("mode", ["paper", "corrected"])
+def test_options_may_be_unknown(mode: Any) -> None:
+    nine = item("seedbench", "Answer: I think so", "I", options=[])
+    assert score("seedbench", [nine], "corrected").value == 0  # it is a word
+    letters = {"mmbench": 4, "seedbench": 4, "ai2d": 4, "mmvp": 2, "cvbench_3d": 2}
+    letters |= {"scienceqa": 0, "cvbench_2d": 0}  # whose originals differ from row to row
+    for benchmark, number in letters.items():
+        for none in ([], None):
+            found = score(benchmark, [item(benchmark, "B", "B", options=none)], mode)
+            assert (found.value, found.unparsed_share) == (100, 0)
+            assert found.chance == (100 / number if number else 0)
+    for benchmark, kind in (("mmmu", "multiple-choice"), ("mathvista", "multi_choice")):
+        rows = [item(benchmark, "B", "B", question_type=kind)]
+        assert (score(benchmark, rows, mode).value, score(benchmark, rows, mode).chance) == (100, 0)
+
+
+@pytest.mark.parametrize("mode", ["paper", "corrected"])
+def test_labels_as_data_sets_hold_them(mode: Any) -> None:
+    bare: dict[str, Any] = {"category": None, "group": None, "image_sha256": "f", "options": None}
+    for gold in (1, np.int64(1), np.str_("1"), "B"):
+        for name in ("scienceqa", "ai2d"):
+            assert (
+                score(name, [item(name, "B", gold, item_id=np.int32(3)) | bare], mode).value == 100
+            )
+    words = [item("gqa", "5", 5, item_id=i, group=np.int64(i), category=i) for i in range(2)]
+    assert (score("gqa", words, mode).value, score("gqa", words, mode).num_groups) == (100, 2)
+    choices = np.array(OPTIONS, dtype=object)
+    assert score("seedbench", [item("seedbench", "B", "B", options=choices)], mode).value == 100
+    golds = np.array(["stop"] * 10, dtype=object)
+    assert score("textvqa", [item("textvqa", "stop", golds)], mode).value == 100
+    wide = [
+        item("mmbench", "A", "A", item_id=i, question_type=5, category=5, group=9) for i in (1, 2)
+    ]
+    assert (score("mmbench", wide, mode).value, score("mmbench", wide, mode).num_groups) == (100, 1)
 
 
 def test_scienceqa_counts_image_questions_when_corrected() -> None:

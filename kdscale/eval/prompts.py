@@ -27,15 +27,16 @@ _LISTED = re.compile(r"^([A-Z])\. (.*)$", re.MULTILINE)
 _ROUND = re.compile(r"\s*\(a\)(.*?)\(b\)(.*)", re.DOTALL)
 
 
-def with_options(question: str, options: Sequence[str], heading: str = " Options:") -> str:
+def with_options(question: str, options: Sequence[str | None], heading: str = " Options:") -> str:
     """Lists options below a question, a letter and a line each.
 
     Args:
         question: What is asked.
-        options: The options' texts in order.
+        options: The options' texts in order; None is left out, and takes its letter with it.
         heading: Stands between question and options.
     """
-    lines = (f"\n{letter}. {text}" for letter, text in zip(LETTERS, options, strict=False))
+    listed = zip(LETTERS, options, strict=False)
+    lines = (f"\n{letter}. {text}" for letter, text in listed if text is not None)
     return question + heading + "".join(lines)
 
 
@@ -75,7 +76,7 @@ def quoted_list(text: str) -> tuple[str, ...] | None:
     """Reads a Python list of texts that a data set stores as its repr; None where it is none."""
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
         return None
     if not isinstance(value, list):
         return None

@@ -19,7 +19,7 @@ class Question:
         image: The encoded image or where it is, None where the question has none.
         image_sha256: Hash of the image's bytes in hexadecimal, empty where there is none.
         gold: The right answer, or all accepted ones.
-        options: Texts of the options in order, empty for open questions.
+        options: Texts of the options in order, empty for open questions; MMBench's "nan" is none.
         question_type: As the data set spells it.
         category: As the data set spells it.
         group: What must be right together: image, pair or rotation.

@@ -7,6 +7,7 @@ MathVista's are the option's text. The two modes differ only where a function sa
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from kdscale.core.types import DataError
 from kdscale.eval import prompts
 from kdscale.eval.images import StoredImage, encoded
 from kdscale.eval.prompts import LETTERS, Mode
+from kdscale.eval.scoring.items import ABSENT
 
 Row = Mapping[str, Any]
 NUM_TEXTVQA_GOLDS = 10
@@ -73,13 +75,19 @@ def mmbench(row: Row, mode: Mode) -> Asked:
     """Reads a row of MMBench; a question's rotations are one group.
 
     They share their index modulo a million, by which MMBench's own evaluation groups them, too.
+    Options keep their columns' letters: one that is absent before another stays as "nan".
     """
-    texts = [row[letter] for letter in "ABCD"]
-    options = tuple(str(text) for text in texts if not _is_nan(text))
+    texts = [None if _is_nan(row[letter]) else str(row[letter]) for letter in "ABCD"]
+    while texts and texts[-1] is None:
+        texts.pop()
+    options = tuple(ABSENT if text is None else text for text in texts)
+    gold = _letter(row["answer"], options)
+    if texts[LETTERS.index(gold)] is None:
+        raise BadRow(f"answer {gold!r} is an option that is not there")
     hint = "" if _is_nan(row["hint"]) else f"{row['hint']}\n"
     return Asked(
-        body=prompts.with_options(hint + _text(row, "question"), options),
-        gold=_letter(row["answer"], options),
+        body=prompts.with_options(hint + _text(row, "question"), texts),
+        gold=gold,
         image=_image(row),
         options=options,
         category=_label(row, "category"),
@@ -94,7 +102,7 @@ def seedbench(row: Row, mode: Mode) -> Asked | None:
         return None
     if not isinstance(images, list) or not images:
         raise BadRow("image is missing")
-    options = _texts([row[f"choice_{letter}"] for letter in "abcd"], "choice_a to choice_d")
+    options = _options([row[f"choice_{letter}"] for letter in "abcd"], "choice_a to choice_d")
     return Asked(
         body=prompts.with_options(_text(row, "question"), options),
         gold=_letter(row["answer"], options),
@@ -106,7 +114,7 @@ def seedbench(row: Row, mode: Mode) -> Asked | None:
 
 def gqa(row: Row, mode: Mode) -> Asked:
     """Reads a row of GQA's instructions, whose image the reader of the file has put in."""
-    types = row.get("types") or {}
+    types = _struct(row, "types")
     return Asked(
         body=_text(row, "question"),
         gold=_text(row, "answer"),
@@ -118,7 +126,7 @@ def gqa(row: Row, mode: Mode) -> Asked:
 
 def scienceqa(row: Row, mode: Mode) -> Asked:
     """Reads a row of ScienceQA; half of its questions have no image."""
-    options = _texts(row["choices"], "choices")
+    options = _options(row["choices"], "choices")
     hint = row["hint"] or ""
     question = _text(row, "question")
     return Asked(
@@ -135,7 +143,7 @@ def mmmu(row: Row, mode: Mode) -> Asked:
     """Reads a row of MMMU, of whose images only the first is shown.
 
     `paper` prints the options that the reference's pattern finds, which loses some; `corrected`
-    prints all. Of golds that are lists, any element may be right.
+    prints all. A gold that is a list stays as the file writes it; the scores take it apart.
     """
     question = prompts.without_image_tags(_text(row, "question"))
     kind, category = _text(row, "question_type"), _label(row, "id")
@@ -145,12 +153,11 @@ def mmmu(row: Row, mode: Mode) -> Asked:
         "category": " ".join(category.split("_")[1:-1]),
     }
     if kind == "open":
-        golds = prompts.quoted_list(_text(row, "answer")) or _text(row, "answer")
-        return Asked(body=question, gold=golds, is_open=True, **shared)
+        return Asked(body=question, gold=_text(row, "answer"), is_open=True, **shared)
     if kind != "multiple-choice":
         raise BadRow(f"question_type is {kind!r}, neither 'multiple-choice' nor 'open'")
     options = prompts.quoted_list(_text(row, "options"))
-    if not options:
+    if not options or not any(option.strip() for option in options):
         raise BadRow(f"options is no list of texts: {row['options']!r}")
     gold = _letter(row["answer"], options)
     printed = prompts.single_quoted(row["options"]) if mode == "paper" else options
@@ -165,13 +172,13 @@ def mathvista(row: Row, mode: Mode) -> Asked:
         "body": _text(row, "query"),
         "image": _image(row, "decoded_image"),
         "question_type": kind,
-        "category": _label(row.get("metadata") or {}, "category"),
+        "category": _label(_struct(row, "metadata"), "category"),
     }
     if kind == "free_form":
         return Asked(gold=gold, is_open=True, **shared)
     if kind != "multi_choice":
         raise BadRow(f"question_type is {kind!r}, neither 'multi_choice' nor 'free_form'")
-    options = _texts(row["choices"], "choices")
+    options = _options(row["choices"], "choices")
     if gold not in options:
         raise BadRow(f"answer {gold!r} is none of the choices {list(options)}")
     return Asked(gold=gold, options=options, **shared)
@@ -179,7 +186,7 @@ def mathvista(row: Row, mode: Mode) -> Asked:
 
 def ai2d(row: Row, mode: Mode) -> Asked:
     """Reads a row of AI2D, whose answer is the option's index."""
-    options = _texts(row["options"], "options")
+    options = _options(row["options"], "options")
     return Asked(
         body=prompts.with_options(_text(row, "question"), options, ""),
         gold=_letter_at(_number(row, "answer"), options),
@@ -228,7 +235,9 @@ def docvqa(row: Row, mode: Mode) -> Asked:
         body=_text(row, "question"),
         gold=_golds(row, "answers"),
         image=_image(row),
-        question_type=", ".join(row.get("question_types") or ()),
+        question_type=", ".join(
+            _texts(row.get("question_types"), "question_types", may_be_empty=True)
+        ),
     )
 
 
@@ -266,7 +275,7 @@ def realworldqa(row: Row, mode: Mode) -> Asked:
 
 def cvbench(row: Row, mode: Mode) -> Asked:
     """Reads a row of CV-Bench; the source tells ADE20K, COCO and Omni3D apart."""
-    options = _texts(row["choices"], "choices")
+    options = _options(row["choices"], "choices")
     return Asked(
         body=_text(row, "prompt"),
         gold=_letter(row["answer"], options),
@@ -292,11 +301,21 @@ def _label(row: Row, name: str) -> str:
 
 
 def _number(row: Row, name: str) -> int:
-    """A whole number, however it is stored."""
-    try:
-        return int(row[name])
-    except (TypeError, ValueError) as error:
-        raise BadRow(f"{name} is {row[name]!r}, no whole number") from error
+    """A whole number, also one that is stored as decimal digits or as 2.0."""
+    value = row[name]
+    if isinstance(value, str) and re.fullmatch(r"\s*-?[0-9]{1,18}\s*", value):
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 != 0:
+        raise BadRow(f"{name} is {value!r}, no whole number")
+    return int(value)
+
+
+def _struct(row: Row, name: str) -> Row:
+    """Fields that a column groups; none where it is absent."""
+    value = row.get(name)
+    if value is not None and not isinstance(value, Mapping):
+        raise BadRow(f"{name} is no struct: {value!r}")
+    return value or {}
 
 
 def _is_nan(value: Any) -> bool:
@@ -306,11 +325,19 @@ def _is_nan(value: Any) -> bool:
 
 def _texts(values: Any, name: str, *, may_be_empty: bool = False) -> tuple[str, ...]:
     """A list of texts."""
-    texts = () if isinstance(values, str) else tuple(values or ())
-    is_absent = not texts and (isinstance(values, str) or not may_be_empty)
-    if is_absent or not all(isinstance(text, str) for text in texts):
+    texts = [] if values is None else values
+    is_list = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+    if not is_list or not (texts or may_be_empty):
         raise BadRow(f"{name} is no list of texts: {values!r}")
-    return texts
+    return tuple(texts)
+
+
+def _options(values: Any, name: str) -> tuple[str, ...]:
+    """Options to choose from, not all of them blank."""
+    options = _texts(values, name)
+    if not any(option.strip() for option in options):
+        raise BadRow(f"{name} are all blank: {values!r}")
+    return options
 
 
 def _golds(row: Row, name: str) -> tuple[str, ...]:

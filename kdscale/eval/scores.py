@@ -116,9 +116,10 @@ class _Benchmark:
     corrected: _Mode
 
 
-def _letters(paper: Rule) -> _Benchmark:
+def _letters(paper: Rule, num_options: int = 0) -> _Benchmark:
     """A benchmark that asks for a letter and averages over items."""
-    return _Benchmark(Layout("letter"), _Mode(paper), _Mode(letters.corrected_letter))
+    layout = Layout("letter", num_options=num_options)
+    return _Benchmark(layout, _Mode(paper), _Mode(letters.corrected_letter))
 
 
 def _is_perception(item: Item) -> bool:
@@ -143,9 +144,11 @@ _BENCHMARKS: dict[str, _Benchmark] = {
         _Mode(text.corrected_yes_no, totals.whole_mme, _is_perception),
     ),
     "mmbench": _Benchmark(
-        Layout("letter"), _Mode(_FL), _Mode(letters.corrected_letter, totals.whole_rotations)
+        Layout("letter", num_options=4),
+        _Mode(_FL),
+        _Mode(letters.corrected_letter, totals.whole_rotations),
     ),
-    "seedbench": _letters(_FL_STOP),
+    "seedbench": _letters(_FL_STOP, 4),
     "gqa": _Benchmark(Layout("one"), _Mode(text.paper_gqa), _Mode(text.corrected_gqa)),
     "scienceqa": _Benchmark(
         Layout("index"),
@@ -162,7 +165,11 @@ _BENCHMARKS: dict[str, _Benchmark] = {
         _Mode(numbers.paper_mathvista),
         _Mode(numbers.corrected_mathvista),
     ),
-    "ai2d": _Benchmark(Layout("index"), _Mode(letters.paper_ai2d), _Mode(letters.corrected_letter)),
+    "ai2d": _Benchmark(
+        Layout("index", num_options=4),
+        _Mode(letters.paper_ai2d),
+        _Mode(letters.corrected_letter),
+    ),
     "chartqa": _Benchmark(
         Layout("one"), _Mode(numbers.paper_chartqa), _Mode(numbers.corrected_chartqa)
     ),
@@ -174,7 +181,7 @@ _BENCHMARKS: dict[str, _Benchmark] = {
     "textvqa": _Benchmark(Layout("ten"), _Mode(soft.paper_textvqa), _Mode(soft.corrected_textvqa)),
     "docvqa": _Benchmark(Layout("several"), _Mode(soft.docvqa), _Mode(soft.docvqa)),
     "mmvp": _Benchmark(
-        Layout("letter"),
+        Layout("letter", num_options=2),
         _Mode(letters.paper_mmvp, totals.paper_pairs),
         _Mode(letters.corrected_letter, totals.whole_pairs),
     ),
@@ -182,7 +189,7 @@ _BENCHMARKS: dict[str, _Benchmark] = {
         Layout("one"), _Mode(text.paper_realworldqa), _Mode(text.corrected_realworldqa)
     ),
     "cvbench_2d": _letters(_FL_STOP),
-    "cvbench_3d": _letters(letters.paper_cvbench_3d),
+    "cvbench_3d": _letters(letters.paper_cvbench_3d, 2),
 }
 BENCHMARKS = tuple(_BENCHMARKS)
 
@@ -289,19 +296,19 @@ def _judged(
         raise ConfigError(f"unknown mode {mode!r}; scores are 'paper' or 'corrected'")
     found = _BENCHMARKS[benchmark]
     how = found.paper if mode == "paper" else found.corrected
-    given = read_items(benchmark, found.layout, items, mode)
+    given = read_items(benchmark, found.layout, items)
     if not any(how.counts(item) for item in given):
         raise NothingToScore(f"{benchmark}: none of the {len(given)} items counts in mode {mode!r}")
     return how, given
 
 
-def check_items(benchmark: str, items: Iterable[Mapping[str, Any]], mode: Mode = "paper") -> None:
+def check_items(benchmark: str, items: Iterable[Mapping[str, Any]]) -> None:
     """Refuses items that `score` would refuse, for use before a model has answered any.
 
     Raises:
         BadItem: As `score`, which also refuses groups that are too large.
     """
-    read_items(benchmark, _BENCHMARKS[benchmark].layout, items, mode)
+    read_items(benchmark, _BENCHMARKS[benchmark].layout, items)
 
 
 def average(values: Mapping[str, float | Score]) -> float:

@@ -77,7 +77,7 @@ def questions(
     if not found:
         raise BadBenchmark(f"{spec.name}: no question in {root}")
     chosen = _first(found, limit) if is_grouped and limit is not None else found
-    check_items(spec.name, (question.item("") for question in chosen), mode)
+    check_items(spec.name, (question.item("") for question in chosen))
     return chosen
 
 
@@ -240,7 +240,7 @@ def _rows(spec: Benchmark, root: Path) -> Iterator[tuple[Row, Place]]:
         rows = _parquet_rows(spec, file, spec.columns, spec.labels)
         for number, row in enumerate(rows):
             if images is not None:
-                row["image"] = images.get(row["imageId"])
+                row["image"] = images.get(str(row["imageId"]))
             yield row, _place(spec, file, number)
 
 
@@ -249,18 +249,18 @@ def _place(spec: Benchmark, file: Path, row: int) -> Place:
     return partial(StoredImage, file=str(file), column=spec.image_column, row=row)
 
 
-def _named_images(spec: Benchmark, root: Path, pattern: str) -> dict[Any, Any]:
+def _named_images(spec: Benchmark, root: Path, pattern: str) -> dict[str, Any]:
     """Looks at a table of images: {id: where it is}, or what is no image as it was found."""
-    images: dict[Any, Any] = {}
+    images: dict[str, Any] = {}
     for file in _files(spec, root, pattern):
         for number, row in enumerate(_parquet_rows(spec, file, ("id", spec.image_column))):
             found = row[spec.image_column]
             try:
                 digest = sha256_of(checked_image(found))
             except BadRow:  # which matters only where a question shows it
-                images[row["id"]] = found
+                images[str(row["id"])] = found
             else:
-                images[row["id"]] = _place(spec, file, number)(sha256=digest)
+                images[str(row["id"])] = _place(spec, file, number)(sha256=digest)
     return images
 
 

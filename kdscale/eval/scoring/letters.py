@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import string
+from collections.abc import Sequence
 
 from kdscale.eval.scoring.forms import MARKER, after_markers, folded, narrow
 from kdscale.eval.scoring.items import Item, Rule, Verdict
@@ -14,7 +15,7 @@ from kdscale.eval.scoring.items import Item, Rule, Verdict
 _EDGE = r"[\s()\[\]{}<>.,:;!?'\"`*_]*"
 _WHOLE = re.compile(rf"{_EDGE}([A-Za-z]){_EDGE}")
 _LEADING = re.compile(r"[\s(\[*]*([A-Za-z])\**[.):,]")
-_MARKED = re.compile(MARKER.pattern + r"[\s(\[*'\"`]*+([A-Za-z])(?!\w)(\s*+)(.?)")
+_MARKED = re.compile(MARKER.pattern + r"[\s(\[*'\"`]*+([A-Za-z])(?!\w|['’-]\w)(\s*+)(.?)")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -52,7 +53,7 @@ def paper_ai2d(item: Item) -> Verdict:
 def paper_cvbench_3d(item: Item) -> Verdict:
     """Compares the first letter with the gold one and, in vain, with the option's whole text."""
     found = first_letter(item.prediction, ".:,")
-    right = found in (_letter(item.places[-1]), item.options[item.places[-1]])
+    right = found == _letter(item.places[-1]) or found in _gold_text(item, item.options)
     return Verdict(float(right), right or found in _letters(item))
 
 
@@ -60,7 +61,7 @@ def paper_mmvp(item: Item) -> Verdict:
     """Compares the whole answer with letter and option text."""
     found = _unbracketed(item.prediction, ".:,")
     options = [option.lower() for option in item.options]
-    right = found in (_letter(item.places[-1]), options[item.places[-1]])
+    right = found == _letter(item.places[-1]) or found in _gold_text(item, options)
     return Verdict(float(right), right or found in _letters(item) or found in options)
 
 
@@ -69,7 +70,7 @@ def paper_scienceqa(item: Item) -> Verdict:
     found = after_markers(item.prediction).rstrip(".")
     options = [_without_punctuation(option) for option in item.options]
     letter, text = found.split(".")[0], _without_punctuation(found)
-    right = letter == _letter(item.places[-1]) or text == options[item.places[-1]]
+    right = letter == _letter(item.places[-1]) or text in _gold_text(item, options)
     return Verdict(float(right), right or letter in _letters(item) or text in options)
 
 
@@ -88,7 +89,8 @@ def read_option(text: str, options: tuple[str, ...]) -> int | None:
 
     Args:
         text: The output.
-        options: Option texts; empty where they are unknown, and every letter may be one.
+        options: Option texts, an absent one empty; none where they are unknown, and every letter
+            may be one.
 
     Returns:
         The option, counted from 0, None where none can be read.
@@ -99,16 +101,15 @@ def read_option(text: str, options: tuple[str, ...]) -> int | None:
     letters += [m[1] for m in reversed([*_MARKED.finditer(text)]) if _stands_alone(m, text)]
     for letter in letters:
         place = ord(letter.lower()) - ord("a")
-        if place < (len(options) or 26):
+        if not options or (place < len(options) and options[place]):
             return place
     return _equal_option(text, options)
 
 
 def _stands_alone(match: re.Match[str], text: str) -> bool:
-    """Tells a letter from an article: "is a dog" names no option, "is A because" does."""
-    _, letter_end = match.span(1)
+    """Tells a letter from a word of one: "is a dog" and "is I think" name no option."""
     ends = not match[3] or match[3] in ".):,;!?]}*'\"`\n" or "\n" in match[2]
-    return ends or (text[letter_end - 1].isupper() and not text.isupper())
+    return ends or match[1] not in "aAiI" or (match[1] == "A" and not text.isupper())
 
 
 def _equal_option(text: str, options: tuple[str, ...]) -> int | None:
@@ -142,4 +143,10 @@ def _letter(place: int) -> str:
 
 def _letters(item: Item) -> set[str]:
     """The letters that an item's options have."""
-    return {_letter(place) for place in range(len(item.options) or 26)}
+    texts = item.options or ("unknown",) * 26
+    return {_letter(place) for place, text in enumerate(texts) if text}
+
+
+def _gold_text(item: Item, options: Sequence[str]) -> Sequence[str]:
+    """The gold option's text, if texts are known."""
+    return options[item.places[-1] :][:1]

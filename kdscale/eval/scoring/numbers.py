@@ -8,19 +8,30 @@ from __future__ import annotations
 import math
 import re
 
-from kdscale.eval.scoring.forms import after_marker, after_markers, folded
+from kdscale.eval.scoring.forms import after_marker, after_markers, folded, narrow
 from kdscale.eval.scoring.items import Item, Verdict, listed
 from kdscale.eval.scoring.letters import corrected_letter, first_letter_rule
 
 TOLERANCE = 0.05
 YEAR = re.compile("19[0-9]{2}|20[0-9]{2}|2100")
 
-_CURRENCY = "[$€£¥₹]"
+_CURRENCY = r"(?:[a-z]{0,2}[$€£¥₹]|(?:usd|eur|gbp|jpy|cny|rmb|inr|chf|cad|aud|rs\.?)(?![^\W\d_]))"
 _DIGITS = r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+"
-_UNIT = r"(?:%|(?!(?:hundred|thousand|million|billion|trillion|dozen)s?\b)[^\W\d_][^\s\d]*[23]?)"
+_SCALES = (
+    "hundreds?|thousands?|millions?|billions?|trillions?|dozens?|lakhs?|crores?"
+    "|mn|mln|mio|bn|bln|mrd|tn|trn"
+)
+# No magnitude follows. Single letters are magnitudes where they touch the number ("12k"); after a
+# blank "m", "t", "K" and "T" are units.
+_NO_SCALE = rf"(?!.*(?<![^\W\d_])(?i:{_SCALES})(?![^\W\d_])|\s*[kMbB](?![^\W\d_])|[KmtT](?!\S))"
+_WORD = r"[^\W\d_][^\s\d]*[23]?"
+_UNIT = (
+    rf"(?:%|[°˚]\s*(?:{_WORD})?|per\s?cent"
+    rf"|(?:(?:square|cubic|sq\.?|cu\.?) )?{_WORD}(?: per {_WORD}| old)?)"
+)
 _NUMBER = re.compile(
-    rf"(?P<sign>[-+]?)\s*{_CURRENCY}?\s*(?P<inner>[-+]?)(?P<size>{_DIGITS})"
-    rf"(?P<power>[eE][-+]?[0-9]{{1,9}})?\s*{_CURRENCY}?\s*{_UNIT}?"
+    rf"(?P<sign>[-+]?)\s*(?i:{_CURRENCY})?\s*(?P<inner>[-+]?)(?P<size>{_DIGITS})"
+    rf"(?P<power>[eE][-+]?[0-9]{{1,9}})?{_NO_SCALE}\s*(?i:{_CURRENCY})?\s*(?i:{_UNIT})?"
 )
 
 
@@ -32,13 +43,16 @@ def relaxed(value: float, reference: float) -> bool:
 def number(text: str) -> str | None:
     """Reads a finite number without currency, percent sign, thousands commas and trailing unit.
 
+    A unit is a word, "square" or "cubic" before it, "per" and another word after it; or degrees.
+    Magnitudes ("12k", "12 million") are no units: such a text is no number.
+
     Args:
         text: An answer, any case.
 
     Returns:
         The number as `float` reads it, without superfluous signs; None where the text is none.
     """
-    text = folded(text).replace("−", "-").rstrip(". ")
+    text = " ".join(narrow(text).split()).replace("−", "-").rstrip(". ")
     found = _NUMBER.fullmatch(text)
     if not found or (found["sign"] and found["inner"]):
         return None
@@ -67,9 +81,7 @@ def paper_mmmu(item: Item) -> Verdict:
     """First letter, or an open answer after the markers; several golds are compared as one text."""
     if item.places:
         return first_letter_rule(".:,")(item)
-    golds = item.golds
-    gold = golds[0] if len(golds) == 1 else str(list(golds))
-    return _paper_open(after_markers(item.prediction).rstrip("."), gold.lower())
+    return _paper_open(after_markers(item.prediction).rstrip("."), item.written.lower())
 
 
 def corrected_chartqa(item: Item) -> Verdict:

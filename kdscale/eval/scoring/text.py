@@ -75,7 +75,7 @@ def paper_ocrbench(item: Item) -> Verdict:
 
 
 def corrected_ocrbench(item: Item) -> Verdict:
-    """As in paper, but a text must not be part of a longer word or number."""
+    """As in paper, but a text must not end within a word or number."""
     if item.question_type == FORMULA:
         return paper_ocrbench(item)
     found = folded(item.prediction)
@@ -83,9 +83,24 @@ def corrected_ocrbench(item: Item) -> Verdict:
 
 
 def _whole_tokens(gold: str, text: str) -> bool:
-    """Finds an answer that neither letters nor digits nor decimals continue on either side."""
-    pattern = rf"(?<!\w)(?<!\d[.,]){re.escape(folded(gold))}(?!\w)(?![.,]\d)"
-    return re.search(pattern, text) is not None
+    """Finds an answer whose words and numbers go on beyond neither of its ends.
+
+    A letter or digit at an end must not touch another, nor a digit the decimals or the decimal
+    point of its number. Any other sign is a token of its own ("$5" in "US$5", "50%" in "50%off"),
+    but for a sign or point that belongs to a number.
+    """
+    gold = folded(gold)
+    before = r"(?<!\w)" if re.match(r"\w", gold) else ""
+    if re.match(r"\d", gold):
+        before += r"(?<!\d[.,])(?<!\W\.)(?<!^\.)"
+    elif re.match(r"[-+.,]\d", gold):
+        before = r"(?<!\d)"
+    after = r"(?!\w)" if re.search(r"\w$", gold) else ""
+    if re.search(r"\d$", gold):
+        after += r"(?![.,]\d)"
+    elif re.search(r"\d[.,]$", gold):
+        after = r"(?!\d)"
+    return re.search(before + re.escape(gold) + after, text) is not None
 
 
 def _first_word(text: str) -> str:

@@ -80,16 +80,13 @@ def paper_pairs(items: Sequence[Item], scores: Sequence[float]) -> list[Part]:
 
 
 def whole_pairs(items: Sequence[Item], scores: Sequence[float]) -> list[Part]:
-    """A pair counts if it is complete and both are right."""
-    return [_whole(pair[0][0].cluster, _together(pair, 2)) for pair in _pairs(items, scores)]
+    """A pair counts if all of its items that are given are right."""
+    return [_whole(pair[0][0].cluster, _together(pair)) for pair in _pairs(items, scores)]
 
 
 def whole_rotations(items: Sequence[Item], scores: Sequence[float]) -> list[Part]:
-    """A question counts if every option has been in every place and all rows are right."""
-    return [
-        _whole(group[0][0].cluster, _together(group, max(len(item.options) for item, _ in group)))
-        for group in _groups(items, scores)
-    ]
+    """A question counts if all of its rows that are given are right."""
+    return [_whole(group[0][0].cluster, _together(group)) for group in _groups(items, scores)]
 
 
 def paper_mme(items: Sequence[Item], scores: Sequence[float]) -> list[Part]:
@@ -118,7 +115,7 @@ def whole_mme(items: Sequence[Item], scores: Sequence[float]) -> list[Part]:
         Part(
             pair[0][0].category,
             pair[0][0].cluster,
-            (sum(score for _, score in pair), _together(pair, 2)),
+            (sum(score for _, score in pair), _together(pair) if len(pair) == 2 else 0.0),
             (float(len(pair)), 1.0),
         )
         for pair in _pairs(items, scores)
@@ -211,9 +208,9 @@ def _whole(cluster: tuple[str, str], score: float) -> Part:
     return Part("", cluster, (score,), (1.0,))
 
 
-def _together(group: Scored, num_items: int) -> float:
-    """The product of a group's scores, 0 where one of its items is missing."""
-    return math.prod(score for _, score in group) if len(group) >= num_items else 0.0
+def _together(group: Scored) -> float:
+    """The product of a group's scores."""
+    return math.prod(score for _, score in group)
 
 
 def _groups(items: Sequence[Item], scores: Sequence[float]) -> list[Scored]:
