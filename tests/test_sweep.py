@@ -218,7 +218,7 @@ def stage_needing(**run: Any) -> Stage:
 
 
 def test_impossible_resources_are_named_before_anything_starts() -> None:
-    from kdscale.sweep.schedule import concurrent_trials
+    from kdscale.sweep.fitting import concurrent_trials
 
     with pytest.raises(ImpossibleResources, match="GPU"):
         concurrent_trials([stage_needing(gpus_per_worker=1)], {"CPU": 64})
@@ -229,7 +229,7 @@ def test_impossible_resources_are_named_before_anything_starts() -> None:
 
 
 def test_trials_side_by_side_share_the_cores(tmp_path: Path) -> None:
-    from kdscale.sweep.schedule import sharing_cores
+    from kdscale.sweep.fitting import sharing_cores
 
     plan = plan_of(Sweep(name="x", stages=[Distill(student="vit_t16", loss="clip")]), tmp_path)
 
@@ -256,7 +256,7 @@ def test_trials_side_by_side_share_the_cores(tmp_path: Path) -> None:
     ],
 )
 def test_tasks_that_fit_on_no_node_are_refused(run: dict[str, Any], message: str) -> None:
-    from kdscale.sweep.schedule import concurrent_trials
+    from kdscale.sweep.fitting import concurrent_trials
 
     nodes = [{"CPU": 4.0}, {"CPU": 2.0, "GPU": 1.0}]
     with pytest.raises(ImpossibleResources, match=message):

@@ -211,3 +211,8 @@ def _resampled_means(
         totals_R = sums_G[drawn_RG].sum(axis=1)
         means_R[start : start + rows] = totals_R / counts_G[drawn_RG].sum(axis=1)
     return means_R
+
+
+def percent(interval: Interval) -> Interval:
+    """Turns an interval of fractions into one of percent."""
+    return Interval(100.0 * interval.low, 100.0 * interval.high)

@@ -108,8 +108,9 @@ class Run:
         meter = Meter()
         remaining = batches(start) if start < self.job.total_steps else iter(())
         for batch in meter.timed(remaining):
-            line = self._step(batch) | meter.read(self.job.recipe.global_batch_size)
-            step = line["step"]
+            line: dict[str, Any] = self._step(batch)
+            line |= meter.read(self.job.recipe.global_batch_size)
+            step: int = line["step"]
             kept = [epoch for epoch, end in self.job.kept_epochs.items() if end == step]
             due = step % self.execution.checkpoint_every == 0 or step == self.job.total_steps
             if kept or due:

@@ -19,6 +19,7 @@ from kdscale.analysis.stats import (
     Interval,
     bootstrap_interval,
     paired_difference,
+    percent,
     wilson_interval,
 )
 from kdscale.core.answers_config import Answers
@@ -397,8 +398,3 @@ def mean_interval(models: Sequence[Predictions]) -> Interval | None:
         return None
     means = np.mean([[score[key] for key in scores[0]] for score in scores], axis=0)
     return percent(bootstrap_interval(means, level=LEVEL))
-
-
-def percent(interval: Interval) -> Interval:
-    """Turns an interval of fractions into one of percent."""
-    return Interval(100.0 * interval.low, 100.0 * interval.high)

@@ -14,9 +14,9 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -25,7 +25,7 @@ import ray.cloudpickle
 import ray.tune
 
 from kdscale.core.answers_config import Answers
-from kdscale.core.config import Embed, Execution
+from kdscale.core.config import Embed
 from kdscale.core.eval_config import Cka
 from kdscale.core.lease import Lease
 from kdscale.core.stop import check_stop
@@ -33,7 +33,6 @@ from kdscale.core.stopping import forget_stop
 from kdscale.core.storage import Storage
 from kdscale.core.types import (
     EndedEarly,
-    ImpossibleResources,
     KdscaleError,
     LeaseLost,
     StageFailed,
@@ -42,6 +41,7 @@ from kdscale.core.types import (
 )
 from kdscale.core.vlm_config import Evaluate, Features
 from kdscale.stages.jobs import AnswersJob
+from kdscale.sweep.fitting import concurrent_trials, sharing_cores, trial_resources
 from kdscale.sweep.grid import Sweep
 from kdscale.sweep.kept import is_finished, reopen_unless_finished
 from kdscale.sweep.orders import group_job, record_of, shard_job
@@ -117,108 +117,6 @@ def local_cpus() -> int:
     cores a small machine would reserve them all for training and never feed it.
     """
     return (os.cpu_count() or 1) + 2
-
-
-def demand(run: Execution) -> dict[str, float]:
-    """Returns what one running stage needs at once: its workers and the tasks that feed them."""
-    need = {"CPU": run.world_size * run.cpus_per_worker + run.data_cpus}
-    if run.gpus_per_worker:
-        need["GPU"] = run.world_size * run.gpus_per_worker
-    return need
-
-
-def trial_resources(stages: Sequence[Stage]) -> dict[str, float]:
-    """Returns what a trial's own process takes: nothing, unless it trains itself."""
-    own = [
-        s.recipe.run for s in stages if s.recipe.run is not None and s.recipe.run.num_workers == 0
-    ]
-    if not own:
-        return {"memory": 1.0}  # Tune wants a resource; the trial only waits for its workers
-    resources = {"CPU": max(run.cpus_per_worker for run in own)}
-    gpus = max(run.gpus_per_worker for run in own)
-    return resources | ({"GPU": gpus} if gpus else {})
-
-
-def concurrent_trials(
-    stages: Sequence[Stage],
-    available: Mapping[str, float],
-    nodes: Sequence[Mapping[str, float]] = (),
-) -> int:
-    """Returns how many stages fit on the cluster at once.
-
-    Args:
-        stages: What is left to run.
-        available: Resources of the whole cluster.
-        nodes: Resources of each node; none where they are not known.
-
-    Raises:
-        ImpossibleResources: If one stage alone does not fit, naming the resource that lacks.
-    """
-    fits: list[int] = []
-    for stage in stages:
-        assert stage.recipe.run is not None
-        for resource, amount in demand(stage.recipe.run).items():
-            have = available.get(resource, 0.0)
-            if amount > have:
-                raise ImpossibleResources(
-                    f"{stage.kind} {stage.name!r} needs {amount:g} {resource}, the cluster has "
-                    f"{have:g}; lower run.num_workers or run.{resource.lower()}s_per_worker "
-                    "(--set run.num_workers=1), or bring nodes"
-                )
-            fits.append(int(have // amount))
-        check_tasks(stage, nodes)
-    return max(1, min(fits, default=1))
-
-
-def sharing_cores(plan: Plan, concurrency: int, cores: int) -> Plan:
-    """Returns a plan whose stages take their share of this machine's cores as threads, at most.
-
-    Trials that train in their own processes run side by side on it, and threads that wait for a
-    core hold up all others of their process: two trials of two threads on two cores were four
-    times slower than two of one thread.
-
-    Args:
-        plan: What is to be run.
-        concurrency: Trials at once.
-        cores: Of this machine.
-    """
-    share = max(1, cores // concurrency)
-    stages: dict[str, Stage] = {}
-    for key, stage in plan.stages.items():
-        run = stage.recipe.run
-        if run is not None and run.num_workers == 0:
-            threads = min(share, run.threads_per_worker or share)
-            limited = stage.recipe.replace(run=run.replace(threads_per_worker=threads))
-            stage = replace(stage, recipe=limited)
-        stages[key] = stage
-    return replace(plan, stages=stages)
-
-
-def check_tasks(stage: Stage, nodes: Sequence[Mapping[str, float]]) -> None:
-    """Refuses workers and data tasks that fit on no node; Ray would wait for ever.
-
-    Raises:
-        ImpossibleResources: Naming the task, the resource and the largest node.
-    """
-    run, who = stage.recipe.run, f"{stage.kind} {stage.name!r}"
-    assert run is not None
-    if run.cpus_per_data_task > run.data_cpus:
-        raise ImpossibleResources(
-            f"a data task of {who} needs {run.cpus_per_data_task:g} CPU, all of them together may "
-            f"use {run.data_cpus:g}; lower run.cpus_per_data_task or raise run.data_cpus"
-        )
-    for what, field, resource in (
-        ("worker", "cpus_per_worker", "CPU"),
-        ("worker", "gpus_per_worker", "GPU"),
-        ("data task", "cpus_per_data_task", "CPU"),
-    ):
-        amount = getattr(run, field)
-        largest = max((node.get(resource, 0.0) for node in nodes), default=amount)
-        if amount > largest:
-            raise ImpossibleResources(
-                f"a {what} of {who} needs {amount:g} {resource}, the largest node has "
-                f"{largest:g}; lower run.{field}, or bring a larger node"
-            )
 
 
 def run_plan(plan: Plan) -> list[TrialFailure]:

@@ -29,21 +29,19 @@ from kdscale.core.stopping import ask_stop, stopped
 from kdscale.core.storage import Storage
 from kdscale.core.types import ConfigError, EndedEarly, KdscaleError, StorageError
 from kdscale.sweep.chosen import is_finished, own_stages, unended
+from kdscale.sweep.fitting import concurrent_trials, sharing_cores, trial_resources
 from kdscale.sweep.grid import Sweep
 from kdscale.sweep.plan import Plan, Planner
 from kdscale.sweep.prepare import prepare
 from kdscale.sweep.schedule import (
     REFUSED,
     TrialFailure,
-    concurrent_trials,
     last_line,
     refusal,
     run_config,
     run_stages,
-    sharing_cores,
     ship_own_losses,
     start_ray,
-    trial_resources,
 )
 from kdscale.sweep.search import Search
 from kdscale.sweep.stage import PlannedTrial, Stage

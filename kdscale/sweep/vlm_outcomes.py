@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kdscale.analysis.stats import Interval, bootstrap_interval, wilson_interval
+from kdscale.analysis.stats import Interval, bootstrap_interval, percent, wilson_interval
 from kdscale.core.scale import Scale
 from kdscale.core.vlm_config import SuiteSpec, Vlm
 from kdscale.eval.matching import is_right
 from kdscale.sweep.benchmark_outcomes import BenchmarkRow, averages, benchmark_rows
-from kdscale.sweep.outcomes import DONE, LEVEL, NOT_FINISHED, Outcome, percent
+from kdscale.sweep.outcomes import DONE, LEVEL, NOT_FINISHED, Outcome
 from kdscale.sweep.plan import PlannedTrial
 from kdscale.sweep.suite import suite_of
 
