@@ -240,3 +240,18 @@ def test_the_command_line_can_say_no(tmp_path: Path) -> None:
         kinds.append([stage["kind"] for stage in document["stages"]])
         assert any("--no-gates" in note for note in document["cost"]["missing"]) is not bool(more)
     assert kinds == [["gate", "distill"], ["distill"]]
+
+
+def test_a_gate_whose_pictures_are_not_all_there_is_refused_by_the_plan(
+    teacher: TowerSpec, storage: Storage, imagenet: Path
+) -> None:
+    plan = plan_of(teacher, storage, scale(imagenet, num_images=50_000))
+    (note,) = plan.missing
+    assert "holds 3 of the 50,000 images of ImageNet" in note
+    assert "--no-gates" in note
+    with (console := Console(width=160)).capture() as capture:
+        print_plan(plan, console)
+    assert "3 images, shared by 2 trials" in capture.get()
+    for trial in plan.trials:
+        StageStore(storage, "distill", trial.key).finish({})
+    assert plan_of(teacher, storage, scale(imagenet, num_images=50_000)).missing == []

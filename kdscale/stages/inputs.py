@@ -24,6 +24,12 @@ from kdscale.data.shards import (
     check_fraction,
     expand,
 )
+from kdscale.stages.labelled import (
+    files_of,
+    is_folder_of_pictures,
+    is_labelled_in_words,
+    write_labelled,
+)
 
 QUESTIONS = "questions.parquet"
 WORLD_VERSION = 1
@@ -111,7 +117,8 @@ def verified(
     """Reads the manifest of shards from the storage, or makes it and keeps it there.
 
     Args:
-        spec: Its `urls` name shards, or a manifest that is read as it is.
+        spec: Its `urls` name shards, or a manifest that is read as it is. Labelled images may also
+            lie in class folders or have labels in words; they are written into the storage once.
         storage: Where manifests are kept.
         content: What every sample must carry; `labelled` is short for `content="labels"`.
         progress: Told, in words, about long work.
@@ -121,6 +128,7 @@ def verified(
         NoShards: The spec names no data or its pattern matches none.
         BadManifest: `urls` names a `.json` that is no manifest of such data.
         TooManyBadSamples: More are unusable than the spec allows.
+        UnknownLabel: A label in words is none of ImageNet's classes.
     """
     if spec.urls is None:
         raise NoShards(
@@ -132,11 +140,15 @@ def verified(
         manifest = read_manifest(spec.urls, content=content)
         check_fraction(manifest, spec.max_bad_fraction)
         return manifest
+    if content == "labels" and is_folder_of_pictures(spec.urls):
+        return _translated(spec, spec.urls, storage, progress)
     place = manifest_place(spec.urls, content=content)
     if storage.exists(*place):
         manifest = Manifest.from_json(storage.read(*place).decode())
         check_fraction(manifest, spec.max_bad_fraction)
         return manifest
+    if content == "labels" and is_labelled_in_words(expand(spec.urls)[0]):
+        return _translated(spec, spec.urls, storage, progress)
     progress(f"verifying {spec.urls} (once)")
     manifest = build_manifest(spec, content=content, progress=each_shard)
     storage.write(manifest.to_json().encode(), *place)
@@ -204,6 +216,27 @@ def _drawn(source: Source, world: MiniWorld, progress: Progress) -> Manifest:
         spec = source.spec.replace(mini=None, urls=urls)
         manifest = build_manifest(spec, content=content)
         storage.write(manifest.to_json().encode(), *parts, name)
+    return _placed(storage, parts, name)
+
+
+def _translated(spec: DataSpec, urls: str, storage: Storage, progress: Progress) -> Manifest:
+    """Writes labelled images as shards with integer labels unless they are there."""
+    parts = "data", f"labelled-{fingerprint(files_of(urls))}"
+    if not storage.exists(*parts, _DRAWN[0]):
+        progress(
+            f"writing the images of {urls} with their labels into {storage.url(*parts)} (once)"
+        )
+        write_labelled(urls, spec.name, storage, parts)
+        shards = spec.replace(urls=storage.url(*parts, "*.tar"))
+        manifest = build_manifest(shards, content="labels")
+        storage.write(manifest.to_json().encode(), *parts, _DRAWN[0])
+    manifest = _placed(storage, parts, _DRAWN[0])
+    check_fraction(manifest, spec.max_bad_fraction)
+    return manifest
+
+
+def _placed(storage: Storage, parts: tuple[str, ...], name: str) -> Manifest:
+    """Reads the manifest of shards in a storage, wherever the storage is now."""
     drawn = Manifest.from_json(storage.read(*parts, name).decode())
     shards = (replace(s, path=storage.url(*parts, s.path.rpartition("/")[2])) for s in drawn.shards)
     return replace(drawn, shards=tuple(shards))

@@ -38,7 +38,8 @@ def amount(recipe: Recipe, data: Source | None) -> Work:
     if isinstance(recipe, Evaluate):
         return Work(recipe=recipe, num_samples=recipe.questions.mini.num_samples, total_steps=1)
     if isinstance(recipe, Gate):
-        return Work(recipe=recipe, num_samples=recipe.images.num_images, total_steps=1)
+        count = recipe.images.num_images if data is None else data.num_samples
+        return Work(recipe=recipe, num_samples=count, total_steps=1)
     if isinstance(recipe, Cka):
         return Work(recipe=recipe, num_samples=_num_images(recipe, data), total_steps=1)
     if data is not None:

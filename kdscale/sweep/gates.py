@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
-
-import fsspec  # pyright: ignore[reportMissingTypeStubs]
+from typing import TYPE_CHECKING, Any
 
 from kdscale.core.config import STAGE_WEIGHTS, Distill, TowerSpec
 from kdscale.core.scale import Scale, benchmark_of
 from kdscale.core.storage import Storage
-from kdscale.core.types import NoShards
 from kdscale.core.zero_shot_config import Gate, ZeroShotSet
-from kdscale.data.evalsets import content_digest, find_eval_shards
+from kdscale.data.evalsets import content_digest, find_eval_shards, num_items
 from kdscale.data.labels import Labels
-from kdscale.data.raw import expand
 from kdscale.eval.classes import class_set
 from kdscale.stages.inputs import Source, fingerprint, read_manifest
+from kdscale.stages.labelled import files_of
 
 if TYPE_CHECKING:
     from kdscale.sweep.plan import Planner
 
 BENCHMARK = "imagenet"  # the scale's zero-shot benchmark that published values are of
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where ImageNet lies.
-
-    Attributes:
-        urls: A pattern of shards, or a folder of class folders.
-        files: All files.
-    """
-
-    urls: str
-    files: list[str]
 
 
 def add_gate(planner: Planner, recipe: Distill, path: list[str]) -> None:
@@ -62,6 +45,10 @@ def add_gate(planner: Planner, recipe: Distill, path: list[str]) -> None:
         )
         if not finished and note not in planner.plan.missing:
             planner.plan.missing.append(note)
+    source = None if finished else planner.gate_source(gate)
+    note = source and not_whole(gate, source)
+    if note and note not in planner.plan.missing:
+        planner.plan.missing.append(note)
     if not finished or planner.is_done(gate):
         planner.add_stage(Gate.kind, gate.tower.name, gate, path)
 
@@ -108,27 +95,26 @@ def gate_source(recipe: Gate, storage: Storage) -> Source:
         NoShards: It is not there.
         DataError: It cannot be used; see `kdscale.data.evalsets`.
     """
-    assert recipe.data.urls is not None
-    place = _found(recipe.data.urls)
-    kept = "manifests", f"{fingerprint(place.files)}-content.json"
-    known: Any
-    if storage.exists(*kept):
-        known = storage.read_json(*kept)
-    else:
+    urls = recipe.data.urls
+    assert urls is not None
+    kept = "manifests", f"{fingerprint(files_of(urls))}-content.json"
+    known: Any = storage.read_json(*kept) if storage.exists(*kept) else {}
+    if "images" not in known:
         labels = Labels(class_set(recipe.images.classes), recipe.numbering, recipe.images.name)
-        shards = find_eval_shards(place.urls, labels)
-        known = {"digest": content_digest(shards), "shards": len(shards)}
+        shards = find_eval_shards(urls, labels)
+        images = sum(num_items(shard, labels) for shard in shards)
+        known = {"digest": content_digest(shards), "shards": len(shards), "images": images}
         storage.write_json(known, *kept)
-    count = recipe.images.num_images or 0
-    return Source(recipe.data, storage, count, known["shards"], known["digest"], "labels")
+    count, shards = known["images"], known["shards"]
+    return Source(recipe.data, storage, count, shards, known["digest"], "labels")
 
 
-def _found(urls: str) -> _Place:
-    """Lists the files of shards or of class folders."""
-    fs, root = cast("tuple[Any, str]", fsspec.core.url_to_fs(urls))  # pyright: ignore
-    if any(sign in urls for sign in "*?[{") or not fs.isdir(root):
-        return _Place(urls, expand(urls))
-    held = [fs.unstrip_protocol(str(path)) for path in sorted(fs.find(root))]
-    if not held:
-        raise NoShards(f"nothing is in {urls}")
-    return _Place(urls, held)
+def not_whole(recipe: Gate, source: Source) -> str | None:
+    """Says that a gate's set lacks images, without which it decides nothing; None where all are."""
+    wanted = recipe.images.num_images
+    if wanted in (None, source.num_samples):
+        return None
+    return (
+        f"{recipe.data.urls} holds {source.num_samples:,} of the {wanted:,} images of "
+        f"{recipe.images.name}: a gate needs them all; complete them, or say --no-gates"
+    )

@@ -302,14 +302,16 @@ class Planner:
             on = recipe.images
             return [] if isinstance(on, BenchmarkImages) else [self._source(on, "labels")]
         if isinstance(recipe, Gate):
-            return [None if recipe.data.urls is None else self._gate_source(recipe)]
+            return [self.gate_source(recipe)]
         read: Any = recipe
         benchmark = getattr(recipe, "zero_shot", None)
         more = [] if benchmark is None else [self._source(benchmark.data, "labels")]
         return [self._source(read.data, content_of(recipe)), *more]
 
-    def _gate_source(self, recipe: Gate) -> Source | None:
-        """Finds the images of a gate once."""
+    def gate_source(self, recipe: Gate) -> Source | None:
+        """Finds the images of a gate once; None where they are not at hand."""
+        if recipe.data.urls is None:
+            return None
         name = (recipe.data.model_dump_json(), "gate")
         if name not in self._sources:
             self.names.update(data_names(recipe.data, self.plan.scale))
