@@ -21,7 +21,7 @@ from kdscale.terminal import AsJson, StorageRoot, console, guarded, progress_bar
 if TYPE_CHECKING:
     from kdscale.stages.cka_result import CkaOutcome
 
-FEW_IMAGES = 500
+TOO_FEW, FEW_IMAGES = 200, 500
 
 
 class TapName(StrEnum):
@@ -69,7 +69,10 @@ def cka(
     """Compare two models by linear CKA on any images: final layers, or all with a heat map."""
     with guarded():
         from kdscale.models.named import resolve
+        from kdscale.stages.by_shard import device_for
+        from kdscale.stages.loop import check_precision
 
+        check_precision(precision.value, device_for(None).type)
         store = Storage(storage)
         recipe = Cka(
             a=resolve(a, store),
@@ -143,6 +146,11 @@ def _print(outcome: CkaOutcome, written: Sequence[str], recipe: Cka) -> None:
 
 def _next(outcome: CkaOutcome, recipe: Cka) -> str:
     """Says what to look at next."""
+    if outcome.result.n < TOO_FEW:
+        return (
+            f"compare on more images: with {outcome.result.n} neither figure can be trusted, the "
+            "biased one rises by itself and the debiased one needs some hundreds to be stable"
+        )
     if outcome.result.n < FEW_IMAGES:
         return "trust the debiased figure: with so few images the biased one rises by itself"
     if recipe.layers == "final":

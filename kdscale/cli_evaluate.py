@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import time
 from collections.abc import Generator, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -95,7 +97,7 @@ def evaluate(
             limit=limit,
             precision=precision,
             batch_size=batch_size,
-            run=_execution(actors, gpus),
+            run=_execution(actors, gpus, as_json),
         )
         rows, average = _evaluated(request, as_json)
         if as_json:
@@ -114,13 +116,26 @@ def _revisions(given: Sequence[str]) -> dict[str, str]:
     return {name: commit for name, _, commit in pairs}
 
 
-def _execution(actors: int, gpus: float | None) -> Execution:
-    """Returns how many actors answer, and what each takes."""
-    if actors and gpus is None:
-        import torch
+def _execution(actors: int, gpus: float | None, as_json: bool) -> Execution:
+    """Returns how many actors answer, and what each takes; on one machine no more than fit."""
+    if not actors:
+        return Execution(num_workers=0, gpus_per_worker=gpus or 0.0)
+    import torch
 
-        gpus = float(torch.cuda.is_available())
-    return Execution(num_workers=actors, gpus_per_worker=gpus or 0.0)
+    each = float(torch.cuda.is_available()) if gpus is None else gpus
+    run = Execution(num_workers=actors, gpus_per_worker=each)
+    if "RAY_ADDRESS" in os.environ:  # a cluster may grow
+        return run
+    cores = os.cpu_count() or 1
+    room = int(cores / run.cpus_per_worker)
+    if each and torch.cuda.is_available():
+        room = min(room, int(torch.cuda.device_count() / each))
+    if actors > (room := max(1, room)):
+        target = Console(stderr=True) if as_json else console
+        what = f"{room} of the {actors} actors fit this machine ({cores} cores): {room} answer"
+        target.print(what, highlight=False, soft_wrap=True)
+        return run.replace(num_workers=room)
+    return run
 
 
 def _evaluated(request: Request, as_json: bool) -> tuple[list[Row], float | None]:
@@ -176,10 +191,12 @@ def _table(rows: Sequence[Row], average: float | None, mode: Mode, limit: int | 
 
     limited = limit is not None and any(row.limited for row in rows)
     cut = f", the first {limit:,} questions each" if limited else ""
-    table = Table(title=f"Scores, {mode} rules{cut}")
+    look: Any = {"box": box.SIMPLE_HEAD, "show_edge": False, "padding": (0, 1, 0, 0)}
+    table = Table(title=f"Scores, {mode} rules{cut}", **look)
     table.add_column("benchmark", style="cyan", no_wrap=True)
-    for name in ("score", "95 % interval", "blind", "chance", "n", "constant", "unparsed"):
-        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("score", "95 % interval", "n", "blind", "chance", "constant", "unread"):
+        # Where a terminal is narrow, an interval takes two lines; no number is ever cut.
+        table.add_column(name, justify="right", no_wrap=not name.endswith("interval"))
     for row in rows:
         found, interval = row.seeing, interval_of(row.benchmark, row.seeing)
         mark = "*" if row.limited and row.benchmark == MME else ""
@@ -187,9 +204,9 @@ def _table(rows: Sequence[Row], average: float | None, mode: Mode, limit: int | 
             row.benchmark,
             f"{found.value:.2f}{mark}",
             f"{interval.low:.2f} – {interval.high:.2f}",
+            f"{found.n:,}",
             "" if row.blind is None else f"{row.blind.value:.2f}",
             f"{found.chance:.2f}",
-            f"{found.n:,}",
             f"{found.constant_share:.0%}{'!' if _is_constant(found) else ''}",
             f"{found.unparsed_share:.0%}",
         )

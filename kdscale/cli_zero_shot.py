@@ -16,7 +16,7 @@ from kdscale.core.catalog_zero_shot import SUITE, published_top1
 from kdscale.core.config import DataSpec, TowerSpec
 from kdscale.core.storage import Storage
 from kdscale.core.types import ConfigError, unknown_name
-from kdscale.core.zero_shot_config import ZeroShot
+from kdscale.core.zero_shot_config import ZeroShot, ZeroShotSet
 from kdscale.terminal import AsJson, StorageRoot, console, guarded, progress_bar
 
 if TYPE_CHECKING:
@@ -80,6 +80,10 @@ MaxBad = Annotated[
 Gate = Annotated[
     bool, typer.Option("--gate", help="Fail unless each top-1 is the published one +- 0.1.")
 ]
+Published = Annotated[
+    float | None,
+    typer.Option("--published", min=0, max=100, help="Top-1 in % that --gate holds the set to."),
+]
 
 
 def zero_shot(
@@ -93,6 +97,7 @@ def zero_shot(
     limit: Limit = None,
     max_bad: MaxBad = 0.0,
     require_published: Gate = False,
+    published: Published = None,
     storage: StorageRoot = "runs",
     as_json: AsJson = False,
 ) -> None:
@@ -100,7 +105,12 @@ def zero_shot(
     with guarded():
         names = parse_benchmarks(benchmarks)
         places = parse_places(data, names)
+        _check_published(published, names)
         from kdscale.models.named import resolve_clip
+        from kdscale.stages.by_shard import device_for
+        from kdscale.stages.loop import check_precision
+
+        check_precision(precision.value, device_for(None).type)
 
         store = Storage(storage)
         spec = resolve_clip(model, store)
@@ -113,11 +123,13 @@ def zero_shot(
                 numbering=numbering.value,
                 captions=captions.value,
                 precision=precision.value,
-                limit=limit,
-                published=published_top1(spec, name),
+                limit=_cutting(limit, SUITE[name]),
+                published=published_top1(spec, name) if published is None else published,
             )
             for name in names
         }
+        if require_published:
+            _check_gates(recipes)
         _run(recipes, _loaded(spec, store), require_published, as_json)
 
 
@@ -135,6 +147,52 @@ def parse_benchmarks(text: str) -> list[str]:
     if not names:
         raise ConfigError(f"--benchmarks names none; it takes some of {', '.join(SUITE)}")
     return names
+
+
+def _check_published(published: float | None, names: Sequence[str]) -> None:
+    """Refuses a published value that could be of several sets, or is of captions."""
+    tasks = [SUITE[name].task for name in names]
+    if published is not None and tasks != ["classes"]:
+        raise ConfigError(
+            f"--published is the top-1 of one set of classes, not of {', '.join(names)}; name that "
+            "set alone in --benchmarks"
+        )
+
+
+def _cutting(limit: int | None, images: ZeroShotSet) -> int | None:
+    """Returns a limit; one that leaves no image of a set out is none."""
+    whole = images.num_images
+    return None if limit is None or (whole is not None and limit >= whole) else limit
+
+
+def _check_gates(recipes: dict[str, ZeroShot]) -> None:
+    """Refuses gates that cannot be decided, before any model is loaded.
+
+    Raises:
+        ConfigError: No published value.
+        GateUndecided: A limit, or a set that is not whole.
+    """
+    from kdscale.data.evalsets import num_items
+    from kdscale.stages.gate import GateUndecided
+    from kdscale.stages.zeroshot import labels_for, shards_for
+
+    for name, recipe in recipes.items():
+        whole = recipe.images.num_images
+        if recipe.published is None:
+            raise ConfigError(
+                f"no top-1 of {recipe.tower.name} on {name} is on record: say --published X, or "
+                "leave --gate or the set out"
+            )
+        if recipe.limit is not None:
+            raise GateUndecided(
+                f"--gate needs all {whole:,} images of {name}, and --limit takes {recipe.limit:,}"
+            )
+        found = sum(num_items(shard, labels_for(recipe)) for shard in shards_for(recipe))
+        if whole not in (None, found):
+            raise GateUndecided(
+                f"{recipe.data.urls} holds {found:,} of the {whole:,} images of {name}: --gate "
+                "needs them all"
+            )
 
 
 def parse_places(data: Sequence[str], names: Sequence[str]) -> dict[str, str]:

@@ -231,6 +231,8 @@ def test_command(models: tuple[Path, Path], folder: Path, tmp_path: Path) -> Non
     for words in ("n = 20; 2 duplicates", "p = 32", "q = 48", "truncated_jpeg 1", "next: "):
         assert words in found.output
     assert "empty_file 1" in found.output
+    assert "with 20 neither figure can be trusted" in found.output
+    assert "trust the debiased" not in found.output
     assert str(tmp_path / "[out]" / "cka.png") in found.output.replace("\n", "")
     document = json.loads((tmp_path / "[out]" / "cka.json").read_text())
     assert f"{document['debiased']:.4f}" in found.output
@@ -265,6 +267,7 @@ def test_command_explains_what_is_undefined(
     ("options", "message"),
     [
         (("vit_tiny_patch16_225",), "UnknownName: unknown model 'vit_tiny_patch16_225'. Did you"),
+        (("--precision", "fp16", "--images", "NOWHERE"), "fp16 on a CPU"),
         (("--layers", "1"), "ConfigError: --layers takes final, all, or a number from 2 on"),
         (("--images", "FEW"), "TooFewImages: 3 distinct images are left"),
         (("--images", "NOWHERE"), "NoShards: "),

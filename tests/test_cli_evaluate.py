@@ -19,11 +19,13 @@ from typer.testing import CliRunner, Result
 
 import kdscale.eval
 from kdscale.cli import app
+from kdscale.cli_evaluate import _execution
 from kdscale.core.storage import StageStore, Storage
-from kdscale.core.types import ConfigError, DataError
+from kdscale.core.types import ConfigError, DataError, UnknownName
 from kdscale.eval.generate import Generator
 from kdscale.eval.questions import Question
 from kdscale.stages.ask import decode_any, prompts_of
+from kdscale.sweep.ask import check_benchmarks
 from kdscale.sweep.benchmark_outcomes import interval_of  # before benchmarks are replaced
 
 NAMES = ("mme_p", "mmbench", "gqa", *(f"other_{number}" for number in range(13)))  # 16
@@ -90,8 +92,8 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def evaluate(*command: object) -> Result:
-    environment = {"COLUMNS": "120"}
+def evaluate(*command: object, columns: int = 120) -> Result:
+    environment = {"COLUMNS": str(columns)}
     return CliRunner().invoke(app, ["evaluate", *map(str, command)], env=environment)
 
 
@@ -139,11 +141,12 @@ def test_a_table_with_what_it_takes_to_read_it(
     assert "Average" not in found.output
     assert f"next, all questions: kdscale evaluate {model} --benchmarks mme_p,gqa" in found.output
     assert "gqa, blind (4 of 4)" in found.output
-    assert reads == ["mme_p", "gqa"] + ["mme_p"] * 2 + ["gqa"] * 2
+    checked = ["mme_p", "mme_p", "gqa", "gqa"]  # once more to see whether the limit cuts
+    assert reads == checked + ["mme_p"] * 2 + ["gqa"] * 2
 
     reads.clear()
     again = evaluate(*command, "--blind", "--limit", 4, "--json")
-    assert reads == ["mme_p", "gqa"]  # checked, and not asked again
+    assert reads == checked  # and not asked again
     document = json.loads(again.stdout)
     assert document["average"] is None
     row = document["benchmarks"]["gqa"]
@@ -167,6 +170,9 @@ def test_a_limit_above_the_number_of_questions_is_none(
     assert "*" not in found.output
     assert "next, what the images add" in found.output
     assert "--revision mme_p=v7" in found.output
+    whole = (*command[:-2], "--limit", 5, "--revision", "mme_p=v7")  # as many as there are
+    assert "the first" not in evaluate(*whole).output
+    assert len(Storage(str(tmp_path / "runs")).names("stages", "answers")) == 1
     (row,) = json.loads(evaluate(*command, "--revision", "mme_p=v7", "--json").stdout)[
         "benchmarks"
     ].values()
@@ -178,6 +184,53 @@ def test_a_limit_above_the_number_of_questions_is_none(
     assert interval.high > 1000
     record = json.loads(Path(row["answers"]).parent.joinpath("stage.json").read_text())
     assert record["revision"] == "c0ffee-v7"
+
+
+def test_every_score_comes_with_its_n_on_a_narrow_terminal(
+    tmp_path: Path, model: str, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kdscale.eval import score
+
+    def large(*arguments: Any) -> Any:
+        """Scores with as many digits as any benchmark's."""
+        return replace(score(*arguments), value=1234.56, n=12_578, interval=(1100.25, 1300.75))
+
+    monkeypatch.setattr(kdscale.eval, "score", large)
+    command = (model, "--benchmarks", "mme_p,gqa", "--storage", tmp_path / "runs", "--blind")
+    found = evaluate(*command, columns=80)
+    assert found.exit_code == 0, found.output
+    assert "…" not in found.output
+    (row,) = [line for line in found.output.splitlines() if line.strip().startswith("gqa  ")]
+    assert row.split()[0] == "gqa"
+    assert {"1234.56", "12,578", "25.00", "97%!"} <= set(row.split())
+
+
+def test_all_beside_others_is_all() -> None:
+    assert check_benchmarks(["all", "gqa"], NAMES) == list(NAMES)
+    with pytest.raises(UnknownName, match="Did you mean gqa"):
+        check_benchmarks(["all", "gqq"], NAMES)
+
+
+def test_fp16_on_a_cpu_is_refused_before_anything_is_read(
+    tmp_path: Path, model: str, reads: list[str]
+) -> None:
+    command = ("no model", "--benchmarks", "gqa", "--storage", tmp_path, "--precision", "fp16")
+    found = evaluate(*command, "--gpus", 0, "--actors", 1)
+    assert "fp16 on a CPU" in found.output
+    assert reads == []
+
+
+def test_no_more_actors_are_asked_than_fit(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert _execution(3, 0.0, False).num_workers == 2
+    assert "2 of the 3 actors fit this machine (2 cores)" in capsys.readouterr().out
+    assert _execution(2, 0.0, False).num_workers == 2
+    assert capsys.readouterr().out == ""
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert _execution(3, 0.0, False).num_workers == 3
 
 
 def test_the_average_of_all_and_a_model_by_its_key(

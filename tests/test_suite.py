@@ -41,7 +41,7 @@ from kdscale.sweep.progress import print_plan
 from kdscale.sweep.render import print_report
 from kdscale.sweep.report import build_report
 from kdscale.sweep.schedule import waiting_trials
-from kdscale.sweep.vlm_outcomes import VlmRow, vlm_rows
+from kdscale.sweep.vlm_outcomes import VlmRow, family_scores, vlm_rows
 
 Rows = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
 N = 32
@@ -379,3 +379,28 @@ def test_answers_none_of_which_counts_have_no_score(
     row = row_of(plan)
     assert row.benchmarks[0].note.startswith("scienceqa: none of the 8 items counts")
     assert texts(row)[0][1] == "no score"
+
+
+def test_a_kind_of_question_is_seen_by_the_paired_difference_to_blind() -> None:
+    def rows(seeing: list[int], blind: list[int]) -> list[dict[str, Any]]:
+        return [
+            {
+                "family": "colour",
+                "group": str(number),
+                "gold": "red",
+                "prediction": "red" if light else "blue",
+                "blind_prediction": "red" if dark else "blue",
+                "chance": 0.25,
+            }
+            for number, (light, dark) in enumerate(zip(seeing, blind, strict=True))
+        ]
+
+    better = family_scores(rows([1] * 30 + [0] * 30, [1] * 20 + [0] * 40))[0]  # all of them, and 10
+    assert better.interval.low < better.blind_interval.high  # apart they could not be told
+    assert better.minus_blind.difference == pytest.approx(100 / 6)
+    assert better.sees
+    same = family_scores(rows([1] * 30 + [0] * 30, [0] * 30 + [1] * 30))[0]
+    assert not same.sees
+    alike = family_scores(rows([1, 1, 1], [0, 0, 0]))[0]  # no spread: as wide as two scores
+    assert alike.minus_blind.interval.low < 0 < alike.minus_blind.interval.high
+    assert not alike.sees

@@ -316,6 +316,21 @@ def test_command(tmp_path: Path) -> None:
     assert "1 images of 1000: not the set; captions 1, protocol all" in shown.output
     gated = run(app, [*command, "--benchmarks", "flickr30k", "--gate"])
     assert gated.exit_code == 2
-    assert "give published" in gated.output
+    assert "say --published X" in " ".join(gated.output.split())
+    wrong = run(app, [*command, "--benchmarks", "flickr30k", "--published", "50"])
+    assert "--published is the top-1 of one set of classes" in " ".join(wrong.output.split())
+    own = [*command, "--benchmarks", "imagenet_v2", "--gate"]
+    for more, message in (
+        ([], "no top-1 of tiny on imagenet_v2 is on record: say --published X"),
+        (["--published", "50"], "holds 3 of the 10,000 images of imagenet_v2"),
+        (["--published", "50", "--limit", "2"], "needs all 10,000 images of imagenet_v2"),
+        (["--published", "50", "--precision", "fp16"], "fp16 on a CPU"),
+    ):
+        early = run(app, [*own, *more])
+        assert early.exit_code == 2
+        assert message in " ".join(early.output.split())
+        assert "interval" not in early.output  # nothing was scored
+    beyond = run(app, [*command, "--benchmarks", "imagenet_v2", "--limit", "10000"])
+    assert "3 images of 10000: not the set" in " ".join(beyond.output.split())
     refused = run(app, [*command, "--benchmarks", "flickr30k", "--precision", "fp15"])
     assert refused.exit_code == 2

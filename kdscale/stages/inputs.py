@@ -223,9 +223,7 @@ def _translated(spec: DataSpec, urls: str, storage: Storage, progress: Progress)
     """Writes labelled images as shards with integer labels unless they are there."""
     parts = "data", f"labelled-{fingerprint(files_of(urls))}"
     if not storage.exists(*parts, _DRAWN[0]):
-        progress(
-            f"writing the images of {urls} with their labels into {storage.url(*parts)} (once)"
-        )
+        progress(f"writing {urls} with its labels into {storage.url(*parts)} (once)")
         write_labelled(urls, spec.name, storage, parts)
         shards = spec.replace(urls=storage.url(*parts, "*.tar"))
         manifest = build_manifest(shards, content="labels")

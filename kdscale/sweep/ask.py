@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kdscale.core.answers_config import Answers, answers_identity, answers_key
 from kdscale.core.config import STAGE_WEIGHTS, Execution, Mode, Precision
@@ -18,6 +18,9 @@ from kdscale.core.storage import StageStore, Storage
 from kdscale.core.types import ConfigError, UnknownStage, WeightsError, unknown_name
 from kdscale.sweep.orders import record_of
 from kdscale.sweep.plan import Stage
+
+if TYPE_CHECKING:
+    from kdscale.eval.questions import Question
 
 ALL = "all"
 WAIT_FOR_WRITER_S = 2.0
@@ -87,11 +90,11 @@ def check_benchmarks(names: Sequence[str], known: Sequence[str]) -> list[str]:
         ConfigError: There is none.
     """
     wanted = list(dict.fromkeys(name.strip() for name in names if name.strip()))
-    if wanted == [ALL]:
-        return list(known)
     for name in wanted:
-        if name not in known:
+        if name not in (*known, ALL):
             raise unknown_name("benchmark", name, [*known, ALL])
+    if ALL in wanted:
+        return list(known)
     if not wanted:
         raise ConfigError(f"name a benchmark: {', '.join([ALL, *known])}")
     return wanted
@@ -177,6 +180,7 @@ def prepare(request: Request, progress: Progress) -> list[Asked]:
     from kdscale.stages.ask import read_questions
 
     names = check_benchmarks(request.benchmarks, list(BENCHMARKS))
+    _check_device(request)
     check_revisions(request, names)
     model = find_model(request.model, request.storage)
     found: list[Asked] = []
@@ -199,10 +203,30 @@ def prepare(request: Request, progress: Progress) -> list[Asked]:
         )
         questions = read_questions(recipe)
         blocks_of(questions)
-        seeing = recipe.replace(questions=questions_digest(questions))
+        limit = None if _are_all(recipe, questions) else request.limit
+        seeing = recipe.replace(questions=questions_digest(questions), limit=limit)
         for one in (seeing, seeing.replace(blind=True))[: 1 + request.blind]:
             found.append(Asked(count=len(questions), recipe=one, key=answers_key(one)))
     return found
+
+
+def _check_device(request: Request) -> None:
+    """Refuses a precision that the device is too slow for, before anything is read."""
+    from kdscale.stages.by_shard import device_for
+    from kdscale.stages.loop import check_precision
+
+    run = request.run
+    given = ("cuda" if run.gpus_per_worker else "cpu") if run.num_workers else None
+    check_precision(request.precision, given or device_for(None).type)
+
+
+def _are_all(recipe: Answers, questions: Sequence[Question]) -> bool:
+    """Tells whether the recipe's limit leaves no question out: then it is none."""
+    if recipe.limit is None or len(questions) < recipe.limit:
+        return True
+    from kdscale.stages.ask import read_questions
+
+    return len(read_questions(recipe.replace(limit=len(questions) + 1))) == len(questions)
 
 
 def ask_all(asked: Sequence[Asked], storage: Storage, progress: Progress) -> None:

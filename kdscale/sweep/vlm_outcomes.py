@@ -9,7 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kdscale.analysis.stats import Interval, bootstrap_interval, percent, wilson_interval
+from kdscale.analysis.stats import (
+    Interval,
+    PairedDifference,
+    bootstrap_interval,
+    paired_difference,
+    percent,
+    wilson_interval,
+)
 from kdscale.core.scale import Scale
 from kdscale.core.vlm_config import SuiteSpec, Vlm
 from kdscale.eval.matching import is_right
@@ -29,6 +36,7 @@ class FamilyScore:
     Attributes:
         groups: Images asked about; intervals resample them whole.
         blind: Accuracy of the same model without the images.
+        minus_blind: The accuracy less the blind one, question by question.
         chance: What guessing among the possible answers gives.
         constant_share: Share of the most frequent answer; 100 means that nothing was looked at.
     """
@@ -40,13 +48,14 @@ class FamilyScore:
     interval: Interval
     blind: float
     blind_interval: Interval
+    minus_blind: PairedDifference
     chance: float
     constant_share: float
 
     @property
     def sees(self) -> bool:
-        """Whether the model beats its blind self and chance, intervals apart."""
-        return self.interval.low > max(self.blind_interval.high, self.chance)
+        """Whether the model beats its blind self on the same questions, and chance."""
+        return self.interval.low > self.chance and self.minus_blind.interval.low > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,14 +144,18 @@ def _score(family: str, rows: Sequence[Mapping[str, Any]]) -> FamilyScore:
         for column in ("prediction", "blind_prediction")
     )
     answers = [row["prediction"] for row in rows]
+    light, dark = _interval(right, groups), _interval(blind, groups)
     return FamilyScore(
         family=family,
         n=len(rows),
         groups=len(set(groups)),
         accuracy=100 * sum(right) / len(rows),
-        interval=_interval(right, groups),
+        interval=light,
         blind=100 * sum(blind) / len(rows),
-        blind_interval=_interval(blind, groups),
+        blind_interval=dark,
+        minus_blind=_minus_blind(
+            right, blind, groups, Interval(light.low - dark.high, light.high - dark.low)
+        ),
         chance=100 * sum(row["chance"] for row in rows) / len(rows),
         constant_share=100 * max(map(answers.count, set(answers))) / len(rows),
     )
@@ -154,3 +167,14 @@ def _interval(correct: Sequence[float], groups: Sequence[str]) -> Interval:
     if right in (0, len(correct)):
         return percent(wilson_interval(right, len(correct), level=LEVEL))
     return percent(bootstrap_interval(correct, groups=groups, level=LEVEL))
+
+
+def _minus_blind(
+    right: Sequence[float], blind: Sequence[float], groups: Sequence[str], apart: Interval
+) -> PairedDifference:
+    """Returns the paired difference in points; the wide interval where draws have no spread."""
+    found = paired_difference(right, blind, groups=groups, level=LEVEL)
+    paired = percent(found.interval)
+    return PairedDifference(
+        100 * found.difference, paired if paired.low < paired.high else apart, found.n
+    )
