@@ -46,7 +46,7 @@ def verify(
     out: Annotated[Path | None, typer.Option("--out", help="Manifest to write as well.")] = None,
     storage: StorageRoot = "runs",
     labelled: Annotated[
-        bool, typer.Option("--labelled", help="Require an integer label, not a caption.")
+        bool, typer.Option("--labelled", help="Require a label, not a caption.")
     ] = False,
     conversations: Talks = False,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="One per core.")] = None,
@@ -56,14 +56,16 @@ def verify(
     """Decode every image once, and keep the manifest where `run` looks for it."""
     with guarded():
         from kdscale.data.shards import build_manifest
-        from kdscale.stages.inputs import manifest_place
+        from kdscale.stages.inputs import as_shards, manifest_place
 
         # The share of bad samples is judged below, so that the table shows what is wrong.
         spec = DataSpec(name="data", urls=pattern, max_bad_fraction=1.0)
         content = _content(labelled, conversations)
-        store, place = Storage(storage), manifest_place(pattern, content=content)
+        store = Storage(storage)
+        spec = as_shards(spec, store) if labelled else spec
+        place = manifest_place(str(spec.urls), content=content)
         began = time.perf_counter()
-        with _shard_bar(pattern, as_json) as advance:
+        with _shard_bar(str(spec.urls), as_json) as advance:
             manifest = build_manifest(
                 spec,
                 content=content,

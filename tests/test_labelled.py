@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import jpeg
+from typer.testing import CliRunner
 from zero_shot_world import tiny, tower, write_folders, write_parquet
 
+from kdscale.cli import app
 from kdscale.core.config import DataSpec, Distill, Execution, TowerFacts, ZeroShotSpec
 from kdscale.core.scale import MINI, PAPER
 from kdscale.core.storage import Storage
@@ -136,3 +138,14 @@ def test_a_damaged_picture_is_counted_by_cause(tmp_path: Path) -> None:
         find_source(labelled(place), storage, content="labels")
     source = find_source(labelled(place, bad=0.5), storage, content="labels")
     assert [label for _, label, _ in read_labelled(source.manifest())] == [0, 277]
+
+
+def test_verified_beforehand(tmp_path: Path) -> None:
+    place = write_folders(tmp_path / "val", WNIDS)
+    command = ["data", "verify", str(place), "--labelled", "--storage", str(tmp_path / "runs")]
+    found = CliRunner().invoke(app, command)
+    assert found.exit_code == 0, found.output
+    told: list[str] = []
+    storage = Storage(str(tmp_path / "runs"))
+    source = find_source(labelled(place), storage, content="labels", progress=told.append)
+    assert (source.num_samples, told) == (3, [])

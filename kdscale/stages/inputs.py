@@ -140,19 +140,44 @@ def verified(
         manifest = read_manifest(spec.urls, content=content)
         check_fraction(manifest, spec.max_bad_fraction)
         return manifest
-    if content == "labels" and is_folder_of_pictures(spec.urls):
-        return _translated(spec, spec.urls, storage, progress)
+    if content == "labels":
+        spec = as_shards(spec, storage, progress)
+    assert spec.urls is not None
     place = manifest_place(spec.urls, content=content)
     if storage.exists(*place):
         manifest = Manifest.from_json(storage.read(*place).decode())
         check_fraction(manifest, spec.max_bad_fraction)
         return manifest
-    if content == "labels" and is_labelled_in_words(expand(spec.urls)[0]):
-        return _translated(spec, spec.urls, storage, progress)
     progress(f"verifying {spec.urls} (once)")
     manifest = build_manifest(spec, content=content, progress=each_shard)
     storage.write(manifest.to_json().encode(), *place)
     return manifest
+
+
+def as_shards(spec: DataSpec, storage: Storage, progress: Progress = lambda _: None) -> DataSpec:
+    """Returns where labelled images are as shards with integer labels; writes them once if need be.
+
+    Args:
+        spec: Its `urls` name class folders, or tars or Parquet files with any labels.
+        storage: Receives those that are written; shards that can be read as they are stay.
+        progress: Told, in words, about long work.
+
+    Raises:
+        NoShards: The pattern matches none.
+        UnknownLabel: A label in words is none of ImageNet's classes.
+        DataError: As `kdscale.data.evalsets.find_eval_shards`.
+    """
+    urls = spec.urls or ""
+    if not is_folder_of_pictures(urls):
+        kept = storage.exists(*manifest_place(urls, content="labels"))
+        if kept or not is_labelled_in_words(expand(urls)[0]):
+            return spec
+    parts = "data", f"labelled-{fingerprint(files_of(urls))}"
+    if not storage.exists(*parts, WRITTEN):
+        progress(f"writing {urls} with its labels into {storage.url(*parts)} (once)")
+        write_labelled(urls, spec.name, storage, parts)
+        storage.write(b"", *parts, WRITTEN)
+    return spec.replace(urls=storage.url(*parts, "*.tar"))
 
 
 def manifest_place(
@@ -216,25 +241,6 @@ def _drawn(source: Source, world: MiniWorld, progress: Progress) -> Manifest:
         spec = source.spec.replace(mini=None, urls=urls)
         manifest = build_manifest(spec, content=content)
         storage.write(manifest.to_json().encode(), *parts, name)
-    return _placed(storage, parts, name)
-
-
-def _translated(spec: DataSpec, urls: str, storage: Storage, progress: Progress) -> Manifest:
-    """Writes labelled images as shards with integer labels unless they are there."""
-    parts = "data", f"labelled-{fingerprint(files_of(urls))}"
-    if not storage.exists(*parts, _DRAWN[0]):
-        progress(f"writing {urls} with its labels into {storage.url(*parts)} (once)")
-        write_labelled(urls, spec.name, storage, parts)
-        shards = spec.replace(urls=storage.url(*parts, "*.tar"))
-        manifest = build_manifest(shards, content="labels")
-        storage.write(manifest.to_json().encode(), *parts, _DRAWN[0])
-    manifest = _placed(storage, parts, _DRAWN[0])
-    check_fraction(manifest, spec.max_bad_fraction)
-    return manifest
-
-
-def _placed(storage: Storage, parts: tuple[str, ...], name: str) -> Manifest:
-    """Reads the manifest of shards in a storage, wherever the storage is now."""
     drawn = Manifest.from_json(storage.read(*parts, name).decode())
     shards = (replace(s, path=storage.url(*parts, s.path.rpartition("/")[2])) for s in drawn.shards)
     return replace(drawn, shards=tuple(shards))
