@@ -105,12 +105,8 @@ def zero_shot(
     with guarded():
         names = parse_benchmarks(benchmarks)
         places = parse_places(data, names)
-        _check_published(published, names)
+        _check_options(published, names, precision)
         from kdscale.models.named import resolve_clip
-        from kdscale.stages.by_shard import device_for
-        from kdscale.stages.loop import check_precision
-
-        check_precision(precision.value, device_for(None).type)
 
         store = Storage(storage)
         spec = resolve_clip(model, store)
@@ -149,8 +145,12 @@ def parse_benchmarks(text: str) -> list[str]:
     return names
 
 
-def _check_published(published: float | None, names: Sequence[str]) -> None:
-    """Refuses a published value that could be of several sets, or is of captions."""
+def _check_options(published: float | None, names: Sequence[str], precision: PrecisionName) -> None:
+    """Refuses a published value that is not of one set of classes, and fp16 on a CPU."""
+    from kdscale.stages.by_shard import device_for
+    from kdscale.stages.loop import check_precision
+
+    check_precision(precision.value, device_for(None).type)
     tasks = [SUITE[name].task for name in names]
     if published is not None and tasks != ["classes"]:
         raise ConfigError(

@@ -8,6 +8,7 @@ every row is known beforehand; `TrainStream` checks it at each step.
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -193,7 +194,10 @@ def configure(dataset: ray.data.Dataset, block_bytes: int) -> None:
 
 
 def quiet(dataset: ray.data.Dataset) -> None:
-    """Leaves progress and errors to us."""
+    """Leaves progress, warnings and errors to us; Ray Data's log files keep all."""
+    for handler in logging.getLogger("ray.data").handlers:  # set anew by the import of ray.data
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.ERROR)
     context = dataset.context
     context.enable_progress_bars = False
     context.enable_operator_progress_bars = False

@@ -83,9 +83,6 @@ def start_ray() -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are ours to tell
-    logging.getLogger("ray.data").setLevel(
-        logging.ERROR
-    )  # it warns of waits that end by themselves
     address = os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     if address is None:
