@@ -9,7 +9,6 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -293,40 +292,21 @@ def show_plan(
     show(plan, why, as_json=request.as_json)
 
 
-def show_report(request: Request) -> None:
-    """Show what came out: the table with intervals; writes nothing."""
+def show_report(request: Request, *, paper: Paper = False, out: Out = None) -> None:
+    """Show what came out: the table with intervals; with --out, files as well."""
     from kdscale.sweep.render import print_report
     from kdscale.sweep.report import build_report
 
+    if out is not None and not paper:
+        raise ConfigError("--out is the folder of what --paper writes: give both")
+    if paper:
+        show_paper(request, out)
+        return
     report = build_report(request.plan(), request.sweeps, command=request.command)
     if request.as_json:
         print(json.dumps(report.document(), indent=2))
     else:
         print_report(report, console)
-
-
-def report(
-    files: Files,
-    scale: ScaleName = None,
-    storage: StorageRoot = "runs",
-    tracking_uri: Uri = None,
-    settings: Settings = None,
-    data: Data = None,
-    random_weights: RandomWeights = False,
-    max_steps: MaxSteps = None,
-    gates: Gates = True,
-    seeds: Seeds = None,
-    as_json: AsJson = False,
-    paper: Paper = False,
-    out: Out = None,
-) -> None:
-    """Show what came out: the table with intervals; with --out, files as well."""
-    options = (storage, tracking_uri, settings, data, random_weights, max_steps, gates)
-    with guarded():
-        if out is not None and not paper:
-            raise ConfigError("--out is the folder of what --paper writes: give both")
-    action = partial(show_paper, out=out) if paper else show_report
-    sweep_command(action)(files, scale, *options, seeds, as_json)
 
 
 def show_paper(request: Request, out: Path | None) -> None:
@@ -372,7 +352,7 @@ def walk_sweeps(request: Request) -> None:
 app.command("run")(sweep_command(run_sweep))
 app.command("walk")(sweep_command(walk_sweeps))
 app.command("plan")(sweep_command(show_plan))
-app.command("report")(report)
+app.command("report")(sweep_command(show_report))
 app.command("status")(sweep_command(show_status))
 app.command("export")(export)
 app.command("evaluate")(evaluate)
