@@ -40,7 +40,7 @@ ENDING = "Answer the question using a single word or phrase."
 
 def build(true_size: bool) -> tuple[Any, Any]:
     """Builds ViT-T and Qwen2-0.5B, miniature or at true size, with random weights."""
-    scale = TRUE_SIZE_CPU if true_size else MINI
+    scale = TRUE_SIZE_CPU if true_size else MINI.replace(random_weights=True)
     tower, llm = scale.students["vit_t16"], language_model("qwen2_0_5b", scale)
     recipe = Finetune(vision=tower, llm=llm, data="llava_mix_665k")
     with tempfile.TemporaryDirectory() as root:

@@ -63,7 +63,7 @@ def vlm_job(kind: str, key: int, root: str, sizes: tuple[bool, int, int], **fiel
         fields: Of the recipe.
     """
     tiny, batch, steps = sizes
-    scale = MINI if tiny else TRUE_SIZE_CPU
+    scale = (MINI if tiny else TRUE_SIZE_CPU).replace(random_weights=True)
     content = "pretrain" if kind == "pretrain" else "instruct"
     settings = VLM_RECIPES["tinyllava"][list(STAGES).index(kind)] | {
         "vision": scale.students["vit_t16"].replace(weights="random"),

@@ -39,7 +39,7 @@ STAGES = ("pretrain", "finetune")
 
 def job(kind: str, recipe: str, steps: int, root: str) -> VlmJob:
     """Returns a stage of a VLM with a language model of some 15 million parameters."""
-    small = language_model("qwen2_0_5b", MINI)
+    small = language_model("qwen2_0_5b", MINI.replace(random_weights=True))
     sizes = {"hidden_size": HIDDEN, "intermediate_size": 3 * HIDDEN, "num_hidden_layers": LAYERS}
     llm = small.replace(config={**(small.config or {}), **sizes}, hidden=HIDDEN)
     content = "pretrain" if kind == "pretrain" else "instruct"
