@@ -86,7 +86,6 @@ class Request:
     tracking_uri: str | None
     as_json: bool
     command: str
-    scale_is_given: bool = False
     resume_stopped: bool = False
 
     def plan(self) -> Plan:
@@ -181,8 +180,13 @@ def load_sweep(path: Path) -> Sweep:
     return found
 
 
-def sweep_command(action: Callable[..., None]) -> Callable[..., None]:
-    """Makes a command of an action: all of them take the same options, and each its own."""
+def sweep_command(action: Callable[..., None], usual: Scale | None = None) -> Callable[..., None]:
+    """Makes a command of an action: all of them take the same options, and each its own.
+
+    Args:
+        action: What to do.
+        usual: The scale without `--scale`; None takes that of the sweeps.
+    """
 
     def command(
         files: Files,
@@ -203,7 +207,7 @@ def sweep_command(action: Callable[..., None]) -> Callable[..., None]:
             sweeps = [load_sweep(file) for file in files]
             if seeds is not None:
                 sweeps = [replace(sweep, seeds=parse_seeds(seeds)) for sweep in sweeps]
-            found = scale_named(scale or _common_scale(sweeps))
+            found = scale_named(scale or usual or _common_scale(sweeps))
             found = found.replace(data_paths=parse_data(data or []), gates=found.gates and gates)
             if random_weights:
                 found = found.replace(random_weights=True)
@@ -218,7 +222,6 @@ def sweep_command(action: Callable[..., None]) -> Callable[..., None]:
                 tracking_uri=tracking_uri,
                 as_json=as_json,
                 command=_run_command(),
-                scale_is_given=scale is not None,
                 resume_stopped=resume_stopped,
             )
             action(request, **own)
@@ -340,9 +343,8 @@ def walk_sweeps(request: Request) -> None:
     """
     from kdscale.sweep.walk_run import run_walk
 
-    scale = request.scale if request.scale_is_given else WALK
     overrides = {"max_steps": 1} | request.overrides
-    walk = walk_of(make_plan(request.sweeps, request.storage, scale, overrides))
+    walk = walk_of(make_plan(request.sweeps, request.storage, request.scale, overrides))
     if request.as_json:
         print(json.dumps(walk.document(), indent=2))
     else:
@@ -350,7 +352,7 @@ def walk_sweeps(request: Request) -> None:
 
 
 app.command("run")(sweep_command(run_sweep))
-app.command("walk")(sweep_command(walk_sweeps))
+app.command("walk")(sweep_command(walk_sweeps, WALK))
 app.command("plan")(sweep_command(show_plan))
 app.command("report")(sweep_command(show_report))
 app.command("status")(sweep_command(show_status))
