@@ -19,6 +19,7 @@ vlm = Vlm(
     vision=taught.output,
     recipe="tinyllava",
     llm="qwen2_0_5b",
+    finetune={"epochs": 2},  # twice the scale's: it also is to tell what lies where
     questions="scenes",
     suite="paper16",
     cka_with="clip_l14",

@@ -327,7 +327,7 @@ _VLM_SIZES: dict[str, Any] = {
 MINI_VLM_SIZES: dict[str, dict[str, Any]] = {
     "pretrain": {"fields": {**_VLM_SIZES, "epochs": 2}, "lr_factor": 2.0},
     "finetune": {
-        "fields": {**_VLM_SIZES, "epochs": 2},
+        "fields": _VLM_SIZES,
         "lr_factor": 100.0,
         "lora_lr_factor": 10.0,
     },
