@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,15 +34,21 @@ from kdscale.cli_plan import (
     show,
     without_redo,
 )
+from kdscale.cli_request import (
+    Request,
+    common_scale,
+    load_sweep,
+    narrowed,
+    parse_data,
+    parse_seeds,
+    parse_settings,
+)
 from kdscale.cli_zero_shot import zero_shot
-from kdscale.core.config import Execution
 from kdscale.core.scale import Scale, scale_named
 from kdscale.core.storage import Storage
 from kdscale.core.types import ConfigError
-from kdscale.core.vlm_config import VLM_STAGES
 from kdscale.sweep.budget import Limits
-from kdscale.sweep.grid import Sweep
-from kdscale.sweep.plan import Plan, make_plan
+from kdscale.sweep.plan import make_plan
 from kdscale.sweep.prices import DEFAULT_ACCELERATOR, DEFAULT_EFFICIENCY, find_rates
 from kdscale.sweep.tracking import redacted
 from kdscale.sweep.walk import WALK, walk_of
@@ -69,115 +74,16 @@ Gates = Annotated[
 Seeds = Annotated[str | None, typer.Option("--seeds", help="Instead of the sweep's: 0,1,2.")]
 Paper = Annotated[bool, typer.Option("--paper", help="Beside the numbers of arXiv 2511.17886.")]
 Out = Annotated[Path | None, typer.Option("--out", help="With --paper: folder for its files.")]
+Only = Annotated[
+    str | None, typer.Option("--only", help="Only trials that end so: distill, or vlm.")
+]
+Page = Annotated[
+    Path | None, typer.Option("--out", help="Markdown page whose blocks are written anew.")
+]
 ResumeStopped = Annotated[
     bool, typer.Option("--resume-stopped", help="Go on with trials that a scheduler stopped.")
 ]
 MaxSteps = Annotated[int | None, typer.Option("--max-steps", help="Stop every stage there.", min=1)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What run, plan, report and status were asked for."""
-
-    sweeps: list[Sweep]
-    storage: Storage
-    scale: Scale
-    overrides: dict[str, Any]
-    tracking_uri: str | None
-    as_json: bool
-    command: str
-    resume_stopped: bool = False
-
-    def plan(self) -> Plan:
-        """Plans the sweeps as one union of stages."""
-        return make_plan(self.sweeps, self.storage, self.scale, self.overrides)
-
-
-def _common_scale(sweeps: Sequence[Sweep]) -> str | Scale:
-    """Returns the scale that all the sweeps ask for."""
-    if len({str(scale_named(sweep.scale).name) for sweep in sweeps}) > 1:
-        raise ConfigError("these sweeps have different default scales; choose one with --scale")
-    return sweeps[0].scale
-
-
-def parse_data(patterns: Sequence[str]) -> dict[str, str]:
-    """Turns `--data` options into {data set: pattern}; the empty name stands for all others.
-
-    An `=` behind a `/` or `:` belongs to the pattern (`s3://bucket/date=2024/*.tar`).
-    """
-    paths: dict[str, str] = {}
-    for item in patterns:
-        name, found, pattern = item.partition("=")
-        is_named = found and not {"/", ":"} & set(name)
-        paths |= {name: pattern} if is_named else {"": item}
-    return paths
-
-
-def parse_settings(settings: Sequence[str], scale: Scale) -> dict[str, Any]:
-    """Turns `--set` options into recipe fields; `distill.` in front of a field is allowed.
-
-    Returns:
-        {field: value}; `run` holds only the fields of the execution that are to change,
-        `pretrain` and `finetune` those of one stage of a VLM.
-
-    Raises:
-        ConfigError: If an option is not of the form `a.b=value`.
-        UnknownField: If `run` has no such field.
-    """
-    fields: dict[str, Any] = {}
-    run: dict[str, Any] = {}
-    for setting in settings:
-        path, found, text = setting.partition("=")
-        if not found:
-            raise ConfigError(f"--set takes FIELD=VALUE, got {setting!r}")
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = text
-        name = path.removeprefix("distill.")
-        stage, _, field = name.partition(".")
-        if name.startswith("run."):
-            run[field] = value
-        elif stage in VLM_STAGES:
-            if not field:
-                raise ConfigError(f"--set {setting}: say which field, e.g. {stage}.lr=1e-4")
-            fields.setdefault(stage, {})[field] = value
-        else:
-            fields[name] = value
-    if run:
-        Execution(**(scale.run.model_dump() | run))
-        fields["run"] = run
-    return fields
-
-
-def parse_seeds(text: str) -> tuple[int, ...]:
-    """Turns `0,1,2` into seeds.
-
-    Raises:
-        ConfigError: If it is no list of different whole numbers.
-    """
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts) or len(set(map(int, parts))) < len(parts):
-        raise ConfigError(f"--seeds takes different whole numbers, as 0,1,2; got {text!r}")
-    return tuple(map(int, parts))
-
-
-def load_sweep(path: Path) -> Sweep:
-    """Imports a sweep file and returns its `sweep`.
-
-    Raises:
-        ConfigError: If the file defines none.
-    """
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # so that workers can import a loss defined there by name
-    spec.loader.exec_module(module)
-    found = getattr(module, "sweep", None)
-    if not isinstance(found, Sweep):
-        raise ConfigError(f"{path} defines no `sweep = Sweep(...)`")
-    return found
 
 
 def sweep_command(action: Callable[..., None], usual: Scale | None = None) -> Callable[..., None]:
@@ -199,6 +105,7 @@ def sweep_command(action: Callable[..., None], usual: Scale | None = None) -> Ca
         max_steps: MaxSteps = None,
         gates: Gates = True,
         seeds: Seeds = None,
+        only: Only = None,
         resume_stopped: ResumeStopped = False,
         as_json: AsJson = False,
         **own: Any,
@@ -207,7 +114,9 @@ def sweep_command(action: Callable[..., None], usual: Scale | None = None) -> Ca
             sweeps = [load_sweep(file) for file in files]
             if seeds is not None:
                 sweeps = [replace(sweep, seeds=parse_seeds(seeds)) for sweep in sweeps]
-            found = scale_named(scale or usual or _common_scale(sweeps))
+            if only is not None:
+                sweeps = [narrowed(sweep, only) for sweep in sweeps]
+            found = scale_named(scale or usual or common_scale(sweeps))
             found = found.replace(data_paths=parse_data(data or []), gates=found.gates and gates)
             if random_weights:
                 found = found.replace(random_weights=True)
@@ -329,6 +238,30 @@ def show_paper(request: Request, out: Path | None) -> None:
         print(path, file=sys.stderr if request.as_json else sys.stdout)
 
 
+def show_findings(request: Request, *, out: Page = None) -> None:
+    """Show how a sweep's cells differ from its baseline, over seeds; with --out, write them down.
+
+    What is not finished is left out: more seeds of one kind of trial than of another are fine.
+    """
+    from kdscale.sweep.findings import find
+    from kdscale.sweep.findings_views import finding_grid, write_findings
+    from kdscale.sweep.render import print_grid
+    from kdscale.sweep.report import build_report
+
+    plan = request.plan()
+    for sweep in request.sweeps:
+        found = find(build_report(plan, [sweep], command=request.command), plan, sweep)
+        if not found:
+            raise ConfigError(f"{sweep.name}: nothing is finished yet. Run: {request.command}")
+        console.rule(sweep.name)
+        for finding in found:
+            print_grid(finding_grid(finding), console)
+        command = request.command.replace("kdscale run", "kdscale findings", 1)
+        if out is not None:
+            for path in write_findings(out, sweep.name, sweep.question, found, command):
+                console.print(path)
+
+
 def show_status(request: Request) -> None:
     """Show every stage: done, running or waiting, and how far it is."""
     from kdscale.sweep.progress import print_status
@@ -355,6 +288,7 @@ app.command("run")(sweep_command(run_sweep))
 app.command("walk")(sweep_command(walk_sweeps, WALK))
 app.command("plan")(sweep_command(show_plan))
 app.command("report")(sweep_command(show_report))
+app.command("findings")(sweep_command(show_findings))
 app.command("status")(sweep_command(show_status))
 app.command("export")(export)
 app.command("evaluate")(evaluate)

@@ -20,6 +20,7 @@ sweep = Sweep(
     name="control_heads",
     stages=[distill, vlm],
     table=Pivot(rows="teacher", columns="mode"),
+    baseline={"mode": "paper"},
 )
 if __name__ == "__main__":
     sweep.main()

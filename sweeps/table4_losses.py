@@ -19,6 +19,7 @@ sweep = Sweep(
     name="table4_losses",
     stages=[distill, vlm],
     table=Pivot(rows="teacher", columns="loss"),
+    baseline={"loss": "clip_kd"},
 )
 if __name__ == "__main__":
     sweep.main()

@@ -18,7 +18,7 @@ from vlm_parts import language, tower
 import kdscale.stages.features as features_module
 import kdscale.stages.vlm as vlm_module
 from kdscale import Sweep
-from kdscale.cli import parse_settings
+from kdscale.cli_request import parse_settings
 from kdscale.core.config import DataSpec, Execution
 from kdscale.core.journal import read_steps
 from kdscale.core.scale import PAPER

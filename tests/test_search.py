@@ -21,7 +21,7 @@ from rich.console import Console
 from worlds import small_job, spawn, synthetic
 
 from kdscale import Distill, Search, Sweep, Vlm, choose
-from kdscale.cli import load_sweep
+from kdscale.cli_request import load_sweep
 from kdscale.core.checkpoints import Checkpoints
 from kdscale.core.journal import JournalWriter, read_steps
 from kdscale.core.lease import Lease

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kdscale import Sweep
-from kdscale.cli import load_sweep
+from kdscale.cli_request import load_sweep
 from kdscale.core.config import Distill
 from kdscale.core.scale import MINI, PAPER, Scale
 from kdscale.core.storage import Storage

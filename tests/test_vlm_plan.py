@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kdscale import Distill, Execution, Sweep, Vlm, choose
-from kdscale.cli import load_sweep, parse_settings
+from kdscale.cli_request import load_sweep, parse_settings
 from kdscale.core.catalog import LANGUAGE_MODELS
 from kdscale.core.scale import MINI, PAPER, TRUE_SIZE_CPU, Scale
 from kdscale.core.storage import Storage

@@ -83,6 +83,7 @@ class Sweep:
         baseline: Field values of the trials that the others are compared with.
         scale: Scale used where the command line names none.
         search: Draws further values for every recipe (`kdscale.sweep.search`).
+        question: What it asks and why; a sweep file's docstring where it is empty.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Sweep:
     baseline: dict[str, Any] | None = None
     scale: str | Scale = "paper"
     search: Search | None = None
+    question: str = ""
 
     def trials(
         self,

@@ -47,22 +47,21 @@ def measured(report: Report, plan: Plan) -> list[Measured]:
         Each number once, however many trials and sweeps share its stages.
     """
     sweeps = {table.sweep for table in report.tables}
-    rows = {(row.sweep, row.key): row for row in report.vlms}
     found: dict[tuple[Any, ...], Measured] = {}
     for trial in plan.trials:
         if trial.sweep not in sweeps:
             continue
-        for one in _of_trial(trial, report, plan, rows.get((trial.sweep, trial.key))):
+        for one in numbers_of(trial, report, plan):
             names = (one.framework, one.llm, one.student_or_encoder, one.teacher, one.loss)
             how = (one.data, one.epochs, one.variant, one.vlm_variant, one.seed, one.metric)
             found.setdefault((*names, *how), one)
     return [*found.values()]
 
 
-def _of_trial(
-    trial: PlannedTrial, report: Report, plan: Plan, row: VlmRow | None
-) -> Iterator[Measured]:
-    """Yields a trial's numbers."""
+def numbers_of(trial: PlannedTrial, report: Report, plan: Plan) -> Iterator[Measured]:
+    """Yields what a trial has measured; arguments as of `measured`."""
+    rows = (row for row in report.vlms if (row.sweep, row.key) == (trial.sweep, trial.key))
+    row = next(rows, None)
     recipe = trial.trial.recipe
     distilled = recipe if isinstance(recipe, Distill) else recipe.vision
     if isinstance(distilled, Distill):

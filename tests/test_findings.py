@@ -1,0 +1,101 @@
+"""Findings of a study whose stage store is written by hand."""
+
+from __future__ import annotations
+
+import pytest
+from studies import NUM_IMAGES, Study, answers, finish, make_sweep, recipe
+
+from kdscale.core.types import ConfigError
+from kdscale.sweep.findings import find, tally
+from kdscale.sweep.findings_views import finding_grid, write_findings
+from kdscale.sweep.grid import Pivot, choose
+
+RIGHT = {"clip_kd": (30, 31, 29), "mse": (12, 13, 11), "kl": (30, 30, 30)}
+CKA = {"clip_kd": (0.60, 0.62, 0.61), "mse": (0.70, 0.71, 0.72), "kl": (0.61, 0.60, 0.63)}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """One teacher, three losses, three seeds; of a second teacher only one loss is finished."""
+    taught = recipe(teacher=choose("clip_b16", "siglip_so400m"), loss=choose(*RIGHT))
+    sweep = make_sweep(
+        "losses",
+        stages=[taught],
+        seeds=(0, 1, 2),
+        baseline={"loss": "clip_kd"},
+        table=Pivot(rows="teacher", columns="loss"),
+        question="Which loss?",
+    )
+    study = Study(tmp_path_factory.mktemp("study"), [sweep])
+    for loss, right in RIGHT.items():
+        for seed, count in enumerate(right):
+            stage = study.stage("clip_b16", loss, seed)
+            finish(stage, study.storage, answers(count), cka=CKA[loss][seed])
+    finish(study.stage("siglip_so400m", "mse"), study.storage, answers(8))
+    return study
+
+
+@pytest.fixture(scope="module")
+def findings(study):
+    """Its findings by metric."""
+    found = find(study.report(), study.plan, study.sweeps[0])
+    return {one.metric: one for one in found}
+
+
+def test_means_are_over_seeds_with_an_interval(findings):
+    top1 = findings["imagenet"]
+    assert top1.names == (("clip_b16", "siglip_so400m"), ("clip_kd", "mse", "kl"))
+    mean = top1.mean("clip_b16", "mse")
+    assert (mean.value, mean.seeds) == (pytest.approx(100 * 12 / NUM_IMAGES), 3)
+    assert mean.half_width() > 0
+    assert top1.mean("siglip_so400m", "clip_kd") is None
+
+
+def test_differences_are_judged_and_what_was_not_run_stays_out(findings):
+    top1 = findings["imagenet"]
+    worse, same = (top1.difference("clip_b16", loss) for loss in ("mse", "kl"))
+    assert worse.found.value == pytest.approx(-45.0)
+    assert (worse.outcome, same.outcome) == ("contradicted", "undecided")
+    assert top1.difference("siglip_so400m", "mse").outcome == "not run"
+    assert 0 < worse.detectable < 45
+    cka = findings["cka:imagenet"].difference("clip_b16", "mse")
+    assert (cka.outcome, cka.found.value) == ("holds", pytest.approx(0.1))
+    assert "of 4 differences to clip_kd 0 are clear and positive, 1 clear and negative" in tally(
+        [top1]
+    )
+
+
+def test_tables_say_n_seeds_interval_and_outcome(findings):
+    grid = finding_grid(findings["imagenet"])
+    assert grid.columns[1] == f"clip_kd (n={NUM_IMAGES}, 3 seeds)"
+    assert grid.columns[-1] == "kl − clip_kd"
+    row = [words.text for words in grid.rows[0]]
+    assert row[1].startswith("75.0 ± ")
+    assert row[4].startswith("-45.0 ± ")
+    assert row[4].endswith(": lower")
+    assert [words.text for words in grid.rows[1]][1] == "–"
+    assert "nan" not in str(grid)
+
+
+def test_a_page_keeps_what_people_wrote(findings, tmp_path):
+    page = tmp_path / "findings.md"
+    found = list(findings.values())
+    paths = write_findings(page, "losses", "Which loss?\n\nSay.", found, "kdscale findings x.py")
+    assert [path.exists() for path in paths] == [True, True]
+    first = page.read_text()
+    assert "> Which loss?" in first
+    assert "| teacher | clip_kd" in first
+    page.write_text(first.replace("# Findings", "# What we found") + "\nIt is mse's fault.\n")
+    write_findings(page, "losses", "Another question", found, "kdscale findings x.py")
+    write_findings(page, "others", "A third", found, "kdscale findings x.py")
+    text = page.read_text()
+    assert text.startswith("# What we found")
+    assert "It is mse's fault." in text
+    assert "Which loss?" not in text
+    assert text.count("<!-- findings of losses -->") == text.count("## others") == 1
+
+
+def test_a_sweep_without_a_reference_column_is_refused(study):
+    sweep = make_sweep("other", baseline={"teacher": None})
+    with pytest.raises(ConfigError, match="baseline="):
+        find(study.report(), study.plan, sweep)
