@@ -80,6 +80,10 @@ Only = Annotated[
 Page = Annotated[
     Path | None, typer.Option("--out", help="Markdown page whose blocks are written anew.")
 ]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")]
+OlderThan = Annotated[
+    float, typer.Option("--older-than", help="Days since it was last written.", min=0)
+]
 ResumeStopped = Annotated[
     bool, typer.Option("--resume-stopped", help="Go on with trials that a scheduler stopped.")
 ]
@@ -269,6 +273,29 @@ def show_status(request: Request) -> None:
     print_status(request.plan(), console)
 
 
+def collect_garbage(
+    request: Request,
+    *,
+    dry_run: DryRun = False,
+    older_than: OlderThan = 7.0,
+    yes: Yes = False,
+) -> None:
+    """Remove stages that none of these sweeps needs, and what killed runs have left behind.
+
+    Give every sweep that still matters: what their plans reach is kept.
+    """
+    from kdscale.sweep.gc import DAY_S, find_garbage, print_garbage, remove
+
+    found = find_garbage(request.plan(), older_than_s=older_than * DAY_S)
+    print_garbage(found, request.storage, console)
+    if not found or dry_run:
+        return
+    if not yes:
+        typer.confirm("Remove?", abort=True, err=True)
+    removed = remove(found)
+    console.print(f"removed {len(removed)}, {sum(one.size for one in removed) / 1e6:,.1f} MB")
+
+
 def walk_sweeps(request: Request) -> None:
     """Walk every cell at true size with random weights: one step of each stage, one question.
 
@@ -290,6 +317,7 @@ app.command("plan")(sweep_command(show_plan))
 app.command("report")(sweep_command(show_report))
 app.command("findings")(sweep_command(show_findings))
 app.command("status")(sweep_command(show_status))
+app.command("gc")(sweep_command(collect_garbage))
 app.command("export")(export)
 app.command("evaluate")(evaluate)
 app.command("cka")(cka)

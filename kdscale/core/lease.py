@@ -128,6 +128,14 @@ class Lease:
                 continue
 
 
+def clear(stage: StageStore) -> None:
+    """Removes a stage's files but for leases; first what says that it is finished."""
+    stage.storage.remove(*stage.parts, "DONE")
+    for name in stage.storage.names(*stage.parts):
+        if not name.startswith(LEASE):
+            stage.storage.remove(*stage.parts, name)
+
+
 def holder_token(stage: StageStore) -> str | None:
     """Returns the token of a stage's lease, None where nobody holds it."""
     return _newest(stage).token

@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,22 @@ class Storage:
         except OSError as error:
             raise _unwritable(self.url(*parts), error) from error
 
+    def usage(self, *parts: str) -> tuple[int, float]:
+        """Returns the bytes of all files in a directory, and when the newest was written.
+
+        Returns:
+            Bytes, and seconds since the epoch; zeros where there is no file.
+        """
+        self.fs.invalidate_cache()
+        try:
+            found = self.fs.find(self.path(*parts), detail=True).values()
+        except FileNotFoundError:
+            return 0, 0.0
+        except OSError as error:
+            raise StorageError(f"cannot list {self.url(*parts)}: {error}") from error
+        times = [_written(info) for info in found]
+        return sum(info["size"] or 0 for info in found), max(times, default=0.0)
+
     def remove(self, *parts: str) -> None:
         """Removes a file or a whole directory; an absent one is no error."""
         if self.exists(*parts):
@@ -176,6 +193,12 @@ class Storage:
             return False
         self.write(data, *parts)
         return True
+
+
+def _written(info: dict[str, Any]) -> float:
+    """Returns when a file was written, from what its filesystem says of it."""
+    found = info.get("mtime") or info.get("LastModified") or info.get("created") or 0.0
+    return found.timestamp() if isinstance(found, datetime) else float(found)
 
 
 def _unwritable(url: str, error: OSError) -> StorageError:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from kdscale.core.lease import LEASE, Lease
+from kdscale.core.lease import Lease, clear
 from kdscale.core.storage import StageStore, Storage
 from kdscale.core.types import StageBusy, StorageError
 from kdscale.sweep.plan import Plan
@@ -79,7 +79,7 @@ class Redo:
                     raise _busy(store)
                 leases.enter_context(lease)
             for store in reversed(stores):  # what follows first, so that nothing lacks its input
-                _clear(store)
+                clear(store)
 
 
 def find_redo(plan: Plan, key: str, *, dependants: bool) -> Redo:
@@ -134,14 +134,6 @@ def _records(storage: Storage) -> list[tuple[str, dict[str, Any]]]:
             if record is not None:
                 found.append((key, record | {"kind": kind}))
     return found
-
-
-def _clear(store: StageStore) -> None:
-    """Removes a stage's files but for the lease; first what says that it is finished."""
-    store.storage.remove(*store.parts, "DONE")
-    for name in store.storage.names(*store.parts):
-        if not name.startswith(LEASE):
-            store.storage.remove(*store.parts, name)
 
 
 def _busy(store: StageStore) -> StageBusy:
