@@ -13,7 +13,7 @@ from kdscale.core.catalog import LANGUAGE_MODELS
 from kdscale.core.scale import MINI, PAPER, TRUE_SIZE_CPU, Scale
 from kdscale.core.storage import Storage
 from kdscale.core.types import ConfigError, UnknownField, UnknownName
-from kdscale.core.vlm_config import Finetune, SuiteSpec
+from kdscale.core.vlm_config import Finetune, Lora, SuiteSpec
 from kdscale.sweep.figures import accuracy_figure
 from kdscale.sweep.outcomes import NOT_FINISHED
 from kdscale.sweep.plan import Plan, make_plan
@@ -116,6 +116,10 @@ def test_adapters_from_outside_have_their_scale_s_rate(tmp_path: Path) -> None:
     stage = stages_of(plan_of(tmp_path, Vlm(**FIXED), *line))["finetune"]
     assert stage.lora.rank == 8
     assert stage.lr == pytest.approx(2e-5 * MINI.vlm_sizes["finetune"].lora_lr_factor)
+    bunny = stages_of(plan_of(tmp_path, Vlm(**(FIXED | {"recipe": "bunny"}))))["finetune"]
+    assert (bunny.lora.rank, bunny.lora.alpha) == (16, 32)
+    own = Vlm(**(FIXED | {"recipe": "bunny"}), finetune={"lora": Lora(rank=4, alpha=8)})
+    assert stages_of(plan_of(tmp_path, own))["finetune"].lora.rank == 4
 
 
 def test_a_run_of_a_vlm_is_that_of_its_stages(tmp_path: Path) -> None:

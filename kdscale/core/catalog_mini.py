@@ -327,8 +327,9 @@ _VLM_SIZES: dict[str, Any] = {
 MINI_VLM_SIZES: dict[str, dict[str, Any]] = {
     "pretrain": {"fields": {**_VLM_SIZES, "epochs": 2}, "lr_factor": 2.0},
     "finetune": {
-        "fields": _VLM_SIZES,
+        "fields": {**_VLM_SIZES, "max_steps": 192},  # of the 256 that its 8,192 samples make
         "lr_factor": 100.0,
         "lora_lr_factor": 10.0,
+        "lora_divisor": 8,
     },
 }

@@ -28,6 +28,7 @@ from kdscale.core.types import ConfigError, WeightsError, unknown_name
 from kdscale.core.vlm_config import (
     Language,
     LanguageModelSpec,
+    Lora,
     QuestionsSpec,
     SuiteSpec,
     VlmStage,
@@ -51,11 +52,14 @@ class VlmSizes(Spec):
         lr_factor: Multiplies its learning rates.
         lora_lr_factor: The same for the rate of LoRA adapters, which is ten times a whole model's
             at the paper's size.
+        lora_divisor: Divides rank and alpha of adapters: of rank 128 they are no smaller than the
+            matrices of a miniature model.
     """
 
     fields: dict[str, Any] = Field(default_factory=dict)
     lr_factor: float = Field(default=1.0, gt=0)
     lora_lr_factor: float = Field(default=1.0, gt=0)
+    lora_divisor: int = Field(default=1, gt=0)
 
 
 class Scale(Spec):
@@ -235,8 +239,9 @@ def resolve_vlm(
     overrides = dict(overrides)
     # What a scale does depends on these.
     first = ("data", "trainable", "lora")
-    stage = stage.replace(**{name: overrides.pop(name) for name in first if name in overrides})
     sizes = scale.vlm_sizes.get(stage.kind, VlmSizes())
+    adapters = None if "lora" in overrides else _adapters(stage, sizes.lora_divisor)
+    stage = stage.replace(**{name: overrides.pop(name) for name in first if name in overrides})
     run = stage.run or scale.vlm_run or scale.run
     projector_lr = stage.projector_lr and stage.projector_lr * sizes.lr_factor
     factor = sizes.lr_factor if stage.lora is None else sizes.lora_lr_factor
@@ -247,11 +252,20 @@ def resolve_vlm(
         "projector_lr": projector_lr,
         "run": run,
     }
-    changes |= {name: value for name, value in sizes.fields.items() if name not in said}
+    fields = sizes.fields | ({} if adapters is None else {"lora": adapters})
+    changes |= {name: value for name, value in fields.items() if name not in said}
     changes |= overrides
     if isinstance(changes["run"], Mapping):
         changes["run"] = run.replace(**changes["run"])
     return stage.replace(**changes)
+
+
+def _adapters(stage: VlmStage, divisor: int) -> Lora | None:
+    """Returns a stage's adapters with rank and alpha divided; None where it has none."""
+    if stage.lora is None:
+        return None
+    rank, alpha = (math.ceil(size / divisor) for size in (stage.lora.rank, stage.lora.alpha))
+    return stage.lora.replace(rank=rank, alpha=alpha)
 
 
 def language_model(value: str | LanguageModelSpec, scale: Scale) -> LanguageModelSpec | Language:
