@@ -80,6 +80,7 @@ Only = Annotated[
 Page = Annotated[
     Path | None, typer.Option("--out", help="Markdown page whose blocks are written anew.")
 ]
+EveryStage = Annotated[bool, typer.Option("--all", help="Stages that are done or wait, too.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")]
 OlderThan = Annotated[
     float, typer.Option("--older-than", help="Days since it was last written.", min=0)
@@ -266,11 +267,23 @@ def show_findings(request: Request, *, out: Page = None) -> None:
                 console.print(path)
 
 
-def show_status(request: Request) -> None:
-    """Show every stage: done, running or waiting, and how far it is."""
-    from kdscale.sweep.progress import print_status
+def show_status(
+    request: Request,
+    *,
+    every_stage: EveryStage = False,
+    accelerator: AcceleratorName = DEFAULT_ACCELERATOR,
+    prices: Prices = None,
+) -> None:
+    """Show how far the sweeps are: stages by state, throughput, what was used, what is left."""
+    from kdscale.sweep.status import look, print_status
 
-    print_status(request.plan(), console)
+    plan = request.plan()
+    plan.rates = find_rates(accelerator, DEFAULT_EFFICIENCY, prices)
+    status = look(plan)
+    if request.as_json:
+        print(json.dumps(status.document(), indent=2))
+    else:
+        print_status(status, console, every_stage=every_stage)
 
 
 def collect_garbage(

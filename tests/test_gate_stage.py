@@ -34,9 +34,10 @@ from kdscale.sweep.grids import teacher_grid
 from kdscale.sweep.orders import group_job
 from kdscale.sweep.plan import Plan, Stage, make_plan
 from kdscale.sweep.prepare import prepare
-from kdscale.sweep.progress import print_plan, stage_state
+from kdscale.sweep.progress import print_plan
 from kdscale.sweep.report import build_report
 from kdscale.sweep.schedule import waiting_trials
+from kdscale.sweep.status import stage_state
 
 IMAGES = 3
 WriteTar = Callable[[Path, list[tuple[str, bytes]]], Path]

@@ -38,7 +38,7 @@ from kdscale.stages import ask as ask_module
 from kdscale.stages.ask import Asker, ask, ask_all, decode_any, prompts_of
 from kdscale.stages.jobs import AnswersJob
 from kdscale.sweep.plan import Stage
-from kdscale.sweep.progress import stage_state
+from kdscale.sweep.status import stage_state
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ from kdscale.core.scale import MINI, resolve
 from kdscale.core.storage import StageStore, Storage
 from kdscale.core.types import LeaseLost, StorageError
 from kdscale.sweep.plan import Stage
-from kdscale.sweep.progress import stage_state
 from kdscale.sweep.schedule import run_stages
+from kdscale.sweep.status import stage_state
 
 FORK = multiprocessing.get_context("fork")
 

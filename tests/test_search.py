@@ -32,9 +32,10 @@ from kdscale.core.types import ConfigError, EndedEarly, UnknownField, UnknownNam
 from kdscale.stages.loop import World
 from kdscale.sweep.chosen import is_left, split, unended
 from kdscale.sweep.plan import Plan, make_plan
-from kdscale.sweep.progress import print_plan, stage_state
+from kdscale.sweep.progress import print_plan
 from kdscale.sweep.render import html_page
 from kdscale.sweep.report import build_report
+from kdscale.sweep.status import stage_state
 from kdscale.sweep.suggest import Suggested
 
 SWEEPS = Path(__file__).parent.parent / "sweeps"

@@ -12,12 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from kdscale.core.config import Distill
-from kdscale.core.journal import JournalReader, Line, read_steps
-from kdscale.core.lease import Lease
-from kdscale.core.stopping import stopped
-from kdscale.core.storage import Storage
+from kdscale.core.journal import JournalReader, Line
 from kdscale.core.types import StageStopped, StorageError
-from kdscale.sweep.kept import is_finished
 from kdscale.sweep.naming import label
 from kdscale.sweep.plan import Plan, Stage
 from kdscale.sweep.tree import rounded, stage_tree
@@ -140,47 +136,6 @@ def _measured(line: Line) -> str:
         )
     parts += [f"CKA {line['cka_debiased']:.3f}"] if "cka_debiased" in line else []
     return "  ".join([*parts, f"{line['samples_per_s']:,.0f} samples/s"])
-
-
-def stage_state(stage: Stage, storage: Storage) -> tuple[str, str]:
-    """Returns a stage's state and how far it is.
-
-    The states: done, running, failed, stopped early, interrupted, waiting.
-    """
-    store = stage.store(storage)
-    if is_finished(stage, storage):
-        return "done", ""
-    if store.is_done():
-        return "waiting", stage.note
-    lines = read_steps(store)
-    detail = describe_line(lines[-1], stage.total_steps) if lines else ""
-    if Lease.seems_held(store):
-        return "running", detail
-    note = stopped(store)
-    if note is not None:
-        value = _last_evaluation(lines)
-        return "stopped early", f"at step {note['step']}{value} ({note['reason']})"
-    failure = store.failure()
-    if failure is not None:
-        return "failed", failure["message"]
-    was_begun = lines or Lease.is_left(store)
-    return ("interrupted", detail) if was_begun else ("waiting", "")
-
-
-def _last_evaluation(lines: list[Line]) -> str:
-    """Says what the last evaluation found."""
-    found = [line["zero_shot_top1"] for line in lines if "zero_shot_top1" in line]
-    return f", top-1 {found[-1]:.1f} %" if found else ""
-
-
-def print_status(plan: Plan, console: Console) -> None:
-    """Prints every stage of a plan with its state."""
-    table = Table("stage", "name", "key", "state", "progress", title="Stages")
-    for stage in plan.stages.values():
-        state, detail = stage_state(stage, plan.storage)
-        table.add_row(stage.kind, stage.name, stage.key, state, detail)
-    console.print(table)
-    print_to_choose(plan, console)
 
 
 def print_to_choose(plan: Plan, console: Console) -> None:
