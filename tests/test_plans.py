@@ -319,8 +319,10 @@ def test_a_plan_above_its_limit_is_refused_with_the_numbers(tmp_path: Path) -> N
         with pytest.raises(OverBudget, match=message):
             Budget(plan, limits, print).check()
     Budget(plan, Limits(gpu_hours=hours * 1.1, cost=hours * 7), print).check()
-    plan.rates = find_rates("l4")
-    with pytest.raises(OverBudget, match="spot price of an hour of l4 is not known"):
+    own = tmp_path / "prices.toml"
+    own.write_text("[accelerators.mine]\nbf16_tflops = 100\non_demand = 1\n")
+    plan.rates = find_rates("mine", prices=own)
+    with pytest.raises(OverBudget, match="spot price of an hour of mine is not known"):
         Budget(plan, Limits(cost=1e9, spot=True), print).check()
 
 
