@@ -23,17 +23,17 @@ from typing import Any
 import numpy as np
 
 from kdscale.analysis.cka_sums import (
-    LARGEST_NORMS,
     PAIRS,
     AnyArray,
     Array,
     Features,
     PairSums,
     as_matrix,
+    check_size,
+    hsic,
     hsic_ratio,
     reference_of,
     shifted_blocks,
-    unbiased_hsic,
 )
 from kdscale.core.types import DataError
 
@@ -149,17 +149,15 @@ class LinearCKA:
         if n == 0:
             return CKAResult(biased=math.nan, debiased=math.nan, n=0, p=p, q=q)
         own = (self._sums["xx"], self._sums["yy"])
-        if not all(sums.norms_x <= LARGEST_NORMS for sums in own):
-            raise DataError(
-                "the features are too large for sums in float64; divide them by a constant, "
-                + "which CKA does not depend on"
-            )
-        centred = self._shifted(own[0].sum_x_P / n, own[1].sum_x_P / n)
-        biased = {
-            pair: float(np.vdot(sums.cross_PQ, sums.cross_PQ)) for pair, sums in centred.items()
+        check_size(*own)
+        means = {"x": own[0].sum_x_P / n, "y": own[1].sum_x_P / n}
+        found = {
+            pair: hsic(n, sums, means[pair[0]], means[pair[1]]) for pair, sums in self._sums.items()
         }
-        debiased = {pair: unbiased_hsic(n, biased[pair], sums) for pair, sums in centred.items()}
-        return CKAResult(biased=hsic_ratio(biased), debiased=hsic_ratio(debiased), n=n, p=p, q=q)
+        biased, debiased = (
+            hsic_ratio({pair: values[place] for pair, values in found.items()}) for place in (0, 1)
+        )
+        return CKAResult(biased=biased, debiased=debiased, n=n, p=p, q=q)
 
     def state_dict(self) -> dict[str, int | float | Array]:
         """Copies the sums into a flat dict of integers, floats and float64 arrays.

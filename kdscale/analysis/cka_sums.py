@@ -25,7 +25,7 @@ AnyArray: TypeAlias = npt.NDArray[Any]
 _BLOCK_ROWS = 2048  # large enough for a full-speed matrix product, small enough for the cache
 PAIRS = ("xx", "yy", "xy")
 _NO_DIGITS_LEFT = 64 * float(np.finfo(np.float64).eps)
-LARGEST_NORMS = 1e150  # squared, still within float64
+_LARGEST_NORMS = 1e150  # squared, still within float64
 
 
 class _Tensor(Protocol):
@@ -106,7 +106,34 @@ class PairSums:
         return out
 
 
-def unbiased_hsic(n: int, cross_squared: float, centred: PairSums) -> float:
+def check_size(*own: PairSums) -> None:
+    """Refuses the own sums of models whose features are too large.
+
+    Raises:
+        DataError: Their fourth powers would overflow float64.
+    """
+    if not all(sums.norms_x <= _LARGEST_NORMS for sums in own):
+        raise DataError(
+            "the features are too large for sums in float64; divide them by a constant, "
+            + "which CKA does not depend on"
+        )
+
+
+def hsic(n: int, sums: PairSums, mean_x_P: Array, mean_y_Q: Array) -> tuple[float, float]:
+    """Computes a pair's HSIC up to a common factor: (biased, debiased).
+
+    Args:
+        n: Number of images, at least 1.
+        sums: The pair's sums over them.
+        mean_x_P: Mean of the first model's features as they were summed.
+        mean_y_Q: The same of the second model.
+    """
+    centred = sums.shifted(n, mean_x_P, mean_y_Q)
+    squared = float(np.vdot(centred.cross_PQ, centred.cross_PQ))
+    return squared, _unbiased_hsic(n, squared, centred)
+
+
+def _unbiased_hsic(n: int, cross_squared: float, centred: PairSums) -> float:
     """Computes n (n - 3) HSIC_1 from sums over features centred at their mean.
 
     HSIC_1 does not change when features are translated, and at the mean the sum of all Gram

@@ -13,16 +13,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from kdscale.analysis.cka_sums import (
-    LARGEST_NORMS,
     AnyArray,
     Array,
     Features,
     PairSums,
     as_matrix,
+    check_size,
+    hsic,
     hsic_ratio,
     reference_of,
     shifted_blocks,
-    unbiased_hsic,
 )
 from kdscale.core.types import DataError
 
@@ -108,11 +108,7 @@ class LayerCKA:
         Raises:
             DataError: The features are so large that their fourth powers would overflow float64.
         """
-        if not all(sums.norms_x <= LARGEST_NORMS for sums in (*self._own_x, *self._own_y)):
-            raise DataError(
-                "the features are too large for sums in float64; divide them by a constant, "
-                + "which CKA does not depend on"
-            )
+        check_size(*self._own_x, *self._own_y)
         own_x = [self._hsic(sums, sums, sums) for sums in self._own_x]
         own_y = [self._hsic(sums, sums, sums) for sums in self._own_y]
         biased, debiased = (np.full((len(own_x), len(own_y)), math.nan) for _ in range(2))
@@ -176,9 +172,7 @@ class LayerCKA:
         """Computes one pair's HSIC up to a common factor: (biased, debiased)."""
         if not self._n:
             return math.nan, math.nan
-        centred = sums.shifted(self._n, own_x.sum_x_P / self._n, own_y.sum_x_P / self._n)
-        squared = float(np.vdot(centred.cross_PQ, centred.cross_PQ))
-        return squared, unbiased_hsic(self._n, squared, centred)
+        return hsic(self._n, sums, own_x.sum_x_P / self._n, own_y.sum_x_P / self._n)
 
 
 def sums_bytes(widths_x: Sequence[int], widths_y: Sequence[int]) -> int:
