@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -223,6 +223,28 @@ def total(
     return terms | {"total": _sum([weights[name] * term for name, term in terms.items()])}
 
 
+class TermInputs(TypedDict, total=False):
+    """What single terms read beside the features: arguments of `compute` by name.
+
+    Attributes:
+        cross_scale: Scale c of `icl` and `cross_kd`: exponentiated, or raw in paper mode;
+            ln(1 / 0.07) unless given.
+        logit_bias: Added to the logits of `sigmoid`; 0 unless given.
+        masked_student_image: (N, D) raw features of the masked images, for `mfd`.
+            Required even under `mfd_noop`, which ignores their values.
+        afd_image: Layer for `afd` from the (N, 2 D) features [student, teacher] to (N, D).
+        afd_text: The same for text.
+        afd_scale: Scale of `afd`, treated as `cross_scale` is.
+    """
+
+    cross_scale: Scale
+    logit_bias: Scale
+    masked_student_image: Tensor
+    afd_image: Fusion
+    afd_text: Fusion
+    afd_scale: Scale
+
+
 def compute(
     student_image: Tensor,
     student_text: Tensor,
@@ -233,12 +255,7 @@ def compute(
     *,
     weights: Mapping[str, float] | str | LossCallable,
     mode: Mode | LossFlags = "corrected",
-    cross_scale: Scale = INITIAL_LOG_SCALE,
-    logit_bias: Scale = 0.0,
-    masked_student_image: Tensor | None = None,
-    afd_image: Fusion | None = None,
-    afd_text: Fusion | None = None,
-    afd_scale: Scale = INITIAL_LOG_SCALE,
+    **more: Unpack[TermInputs],
 ) -> dict[str, Tensor]:
     """Computes named distillation losses of a global batch, without any state.
 
@@ -256,13 +273,7 @@ def compute(
         weights: Weights by term, used as given, `crd` meaning `ckd`; the name of a recipe; or
             a user's loss (`LossCallable`).
         mode: "paper", "corrected", or `LossFlags`.
-        cross_scale: Scale c of `icl` and `cross_kd`: exponentiated, or raw in paper mode.
-        logit_bias: Added to the logits of `sigmoid`.
-        masked_student_image: (N, D) raw features of the masked images, for `mfd`.
-            Required even under `mfd_noop`, which ignores their values.
-        afd_image: Layer for `afd` from the (N, 2 D) features [student, teacher] to (N, D).
-        afd_text: The same for text.
-        afd_scale: Scale of `afd`, treated as `cross_scale` is.
+        **more: `TermInputs`.
 
     Returns:
         Scalars: every term of positive weight, unweighted, and `total`.
@@ -284,15 +295,31 @@ def compute(
         teacher_text_NE=teacher_text,
         student_scale=student_scale,
         teacher_scale=teacher_scale,
-        cross_scale=multiplied_in(cross_scale, flags),
-        fusion_scale=multiplied_in(afd_scale, flags),
-        logit_bias=logit_bias,
-        masked_image_NE=masked_student_image,
-        fuse_image=afd_image,
-        fuse_text=afd_text,
+        **_term_inputs(flags, **more),
     )
     known = weights if callable(weights) else weights_for(weights, flags)
     return total(inputs, known, flags)
+
+
+def _term_inputs(
+    flags: LossFlags,
+    *,
+    cross_scale: Scale = INITIAL_LOG_SCALE,
+    logit_bias: Scale = 0.0,
+    masked_student_image: Tensor | None = None,
+    afd_image: Fusion | None = None,
+    afd_text: Fusion | None = None,
+    afd_scale: Scale = INITIAL_LOG_SCALE,
+) -> dict[str, Any]:
+    """Returns the fields of `LossInputs` that `TermInputs` stand for."""
+    return {
+        "cross_scale": multiplied_in(cross_scale, flags),
+        "fusion_scale": multiplied_in(afd_scale, flags),
+        "logit_bias": logit_bias,
+        "masked_image_NE": masked_student_image,
+        "fuse_image": afd_image,
+        "fuse_text": afd_text,
+    }
 
 
 def multiplied_in(parameter: Scale, flags: LossFlags) -> Scale:
