@@ -6,7 +6,7 @@ import inspect
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,6 +48,7 @@ from kdscale.core.scale import Scale, scale_named
 from kdscale.core.storage import Storage
 from kdscale.core.types import ConfigError
 from kdscale.sweep.budget import Limits
+from kdscale.sweep.grid import Sweep
 from kdscale.sweep.plan import make_plan
 from kdscale.sweep.prices import DEFAULT_ACCELERATOR, DEFAULT_EFFICIENCY, find_rates
 from kdscale.sweep.tracking import redacted
@@ -91,6 +92,52 @@ ResumeStopped = Annotated[
 MaxSteps = Annotated[int | None, typer.Option("--max-steps", help="Stop every stage there.", min=1)]
 
 
+def _request(
+    files: Files,
+    scale: ScaleName = None,
+    storage: StorageRoot = "runs",
+    tracking_uri: Uri = None,
+    settings: Settings = None,
+    data: Data = None,
+    random_weights: RandomWeights = False,
+    max_steps: MaxSteps = None,
+    gates: Gates = True,
+    seeds: Seeds = None,
+    only: Only = None,
+    resume_stopped: ResumeStopped = False,
+    as_json: AsJson = False,
+    *,
+    usual: Scale | None,
+) -> Request:
+    """Reads the options that all commands on sweeps take; `usual` as of `sweep_command`."""
+    sweeps = _sweeps(files, seeds, only)
+    found = scale_named(scale or usual or common_scale(sweeps))
+    found = found.replace(data_paths=parse_data(data or []), gates=found.gates and gates)
+    if random_weights:
+        found = found.replace(random_weights=True)
+    overrides = parse_settings(settings or [], found)
+    if max_steps is not None:
+        overrides["max_steps"] = max_steps
+    return Request(
+        sweeps=sweeps,
+        storage=Storage(storage),
+        scale=found,
+        overrides=overrides,
+        tracking_uri=tracking_uri,
+        as_json=as_json,
+        command=_run_command(),
+        resume_stopped=resume_stopped,
+    )
+
+
+def _sweeps(files: Sequence[Path], seeds: str | None, only: str | None) -> list[Sweep]:
+    """Loads sweeps, with other seeds or fewer trials where that is asked for."""
+    sweeps = [load_sweep(file) for file in files]
+    if seeds is not None:
+        sweeps = [replace(sweep, seeds=parse_seeds(seeds)) for sweep in sweeps]
+    return sweeps if only is None else [narrowed(sweep, only) for sweep in sweeps]
+
+
 def sweep_command(action: Callable[..., None], usual: Scale | None = None) -> Callable[..., None]:
     """Makes a command of an action: all of them take the same options, and each its own.
 
@@ -98,51 +145,16 @@ def sweep_command(action: Callable[..., None], usual: Scale | None = None) -> Ca
         action: What to do.
         usual: The scale without `--scale`; None takes that of the sweeps.
     """
+    *shared, _ = inspect.signature(_request, eval_str=True).parameters.values()
+    _, *more = inspect.signature(action, eval_str=True).parameters.values()
 
-    def command(
-        files: Files,
-        scale: ScaleName = None,
-        storage: StorageRoot = "runs",
-        tracking_uri: Uri = None,
-        settings: Settings = None,
-        data: Data = None,
-        random_weights: RandomWeights = False,
-        max_steps: MaxSteps = None,
-        gates: Gates = True,
-        seeds: Seeds = None,
-        only: Only = None,
-        resume_stopped: ResumeStopped = False,
-        as_json: AsJson = False,
-        **own: Any,
-    ) -> None:
+    def command(**options: Any) -> None:
+        """Takes the shared options out and leaves the action its own."""
+        common = {option.name: options.pop(option.name) for option in shared}
         with guarded():
-            sweeps = [load_sweep(file) for file in files]
-            if seeds is not None:
-                sweeps = [replace(sweep, seeds=parse_seeds(seeds)) for sweep in sweeps]
-            if only is not None:
-                sweeps = [narrowed(sweep, only) for sweep in sweeps]
-            found = scale_named(scale or usual or common_scale(sweeps))
-            found = found.replace(data_paths=parse_data(data or []), gates=found.gates and gates)
-            if random_weights:
-                found = found.replace(random_weights=True)
-            overrides = parse_settings(settings or [], found)
-            if max_steps is not None:
-                overrides["max_steps"] = max_steps
-            request = Request(
-                sweeps=sweeps,
-                storage=Storage(storage),
-                scale=found,
-                overrides=overrides,
-                tracking_uri=tracking_uri,
-                as_json=as_json,
-                command=_run_command(),
-                resume_stopped=resume_stopped,
-            )
-            action(request, **own)
+            action(_request(**common, usual=usual), **options)
 
     command.__doc__ = action.__doc__
-    *shared, _ = inspect.signature(command, eval_str=True).parameters.values()
-    _, *more = inspect.signature(action, eval_str=True).parameters.values()
     signature = inspect.Signature([*shared, *more])
     command.__dict__["__signature__"] = signature
     command.__annotations__ = {name: p.annotation for name, p in signature.parameters.items()}

@@ -13,6 +13,11 @@ from kdscale.core.config import DataSpec
 from kdscale.core.storage import Storage
 from kdscale.terminal import AsJson, StorageRoot, console, guarded
 
+Consumer = Annotated[
+    float | None,
+    typer.Option("--consumer", min=0.1, help="Samples/s of the training step to imitate."),
+]
+
 
 def bench(
     pattern: Annotated[str, typer.Argument(help="Shards: a glob, {00000..00999}.tar, a folder.")],
@@ -20,10 +25,7 @@ def bench(
     px: Annotated[int, typer.Option("--px", min=8, help="Side of the crops.")] = 224,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Samples per batch.")] = 256,
     seconds: Annotated[float, typer.Option("--seconds", min=1.0, help="Time to measure.")] = 20.0,
-    consumer: Annotated[
-        float | None,
-        typer.Option("--consumer", min=0.1, help="Samples/s of the training step to imitate."),
-    ] = None,
+    consumer: Consumer = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure the stream: samples/s, per core, and the share of time a consumer waits."""

@@ -46,6 +46,9 @@ Model = Annotated[
         help="Role, open_clip ARCH/TAG, timm name, hf-hub:ORG/NAME, directory, or a stage's key."
     ),
 ]
+Number = Annotated[
+    int | None, typer.Option("--n", min=4, help="Images, drawn by content hash; else all.")
+]
 
 
 def cka(
@@ -58,9 +61,7 @@ def cka(
     layers: Annotated[
         str, typer.Option("--layers", help="final, all, or how many blocks, evenly spaced.")
     ] = "final",
-    n: Annotated[
-        int | None, typer.Option("--n", min=4, help="Images, drawn by content hash; else all.")
-    ] = None,
+    n: Number = None,
     precision: Annotated[PrecisionName, typer.Option("--precision")] = PrecisionName.FP32,
     out: Annotated[Path, typer.Option("--out", help="Folder of the results.")] = Path("cka"),
     storage: StorageRoot = "runs",

@@ -38,6 +38,7 @@ BadFraction = Annotated[
 Talks = Annotated[
     bool, typer.Option("--conversations", help="Of conversations, with images or without.")
 ]
+Labelled = Annotated[bool, typer.Option("--labelled", help="Require a label, not a caption.")]
 
 
 @data_app.command("verify")
@@ -45,9 +46,7 @@ def verify(
     pattern: Pattern,
     out: Annotated[Path | None, typer.Option("--out", help="Manifest to write as well.")] = None,
     storage: StorageRoot = "runs",
-    labelled: Annotated[
-        bool, typer.Option("--labelled", help="Require a label, not a caption.")
-    ] = False,
+    labelled: Labelled = False,
     conversations: Talks = False,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="One per core.")] = None,
     max_bad_fraction: BadFraction = 0.05,
@@ -66,12 +65,7 @@ def verify(
         place = manifest_place(str(spec.urls), content=content)
         began = time.perf_counter()
         with _shard_bar(str(spec.urls), as_json) as advance:
-            manifest = build_manifest(
-                spec,
-                content=content,
-                num_threads=threads,
-                progress=advance,
-            )
+            manifest = build_manifest(spec, content=content, num_threads=threads, progress=advance)
         document = _verified_document(manifest, time.perf_counter() - began)
         if out is not None:
             _write_file(out, manifest.to_json().encode())
@@ -338,6 +332,7 @@ def _shard_bar(pattern: str, as_json: bool = False) -> Generator[Callable[[Shard
         done = 0
 
         def advance(_: ShardEntry) -> None:
+            """Counts one more shard."""
             nonlocal done
             done += 1
             show(f"verifying {_short(pattern)}", done, total)

@@ -34,7 +34,10 @@ OneOfMode = Annotated[
     Literal["paper", "corrected"],
     typer.Option("--mode", help="paper: the reference rules, oddities included."),
 ]
-
+Files = Annotated[Path | None, typer.Option("--data", help="Folder of their files; else the hub.")]
+PrecisionName = Annotated[
+    Literal["fp32", "bf16", "fp16"], typer.Option("--precision", help="Of the model.")
+]
 Revisions = Annotated[
     list[str] | None, typer.Option("--revision", help="BENCHMARK=COMMIT on the hub; repeatable.")
 ]
@@ -66,18 +69,14 @@ class Row:
 def evaluate(
     model: Annotated[str, typer.Argument(help="Directory, key of a finetune stage, or hub id.")],
     benchmarks: Annotated[str, typer.Option("--benchmarks", help="a,b,... or all.")],
-    data: Annotated[
-        Path | None, typer.Option("--data", help="Folder of their files; else the hub.")
-    ] = None,
+    data: Files = None,
     revision: Revisions = None,
     blind: Annotated[bool, typer.Option("--blind", help="Ask without the images, too.")] = False,
     mode: OneOfMode = "paper",
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N.")] = None,
     actors: Annotated[int, typer.Option("--actors", min=0, help="0: this process.")] = 0,
     gpus: Annotated[float | None, typer.Option("--gpus", min=0, help="Per actor.")] = None,
-    precision: Annotated[
-        Literal["fp32", "bf16", "fp16"], typer.Option("--precision", help="Of the model.")
-    ] = "fp32",
+    precision: PrecisionName = "fp32",
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Questions at once.")] = 16,
     storage: StorageRoot = "runs",
     as_json: AsJson = False,
@@ -175,6 +174,7 @@ def _telling(as_json: bool) -> Generator[Progress]:
     last: tuple[str, float] = ("", 0.0)
 
     def tell(what: str, done: int, total: int | None) -> None:
+        """Prints what is done where it has changed, or after a while."""
         nonlocal last
         now = time.monotonic()
         if what != last[0] or now - last[1] > PRINT_EVERY_S or done == total:

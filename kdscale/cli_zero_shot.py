@@ -108,8 +108,7 @@ def zero_shot(
         _check_options(published, names, precision)
         from kdscale.models.named import resolve_clip
 
-        store = Storage(storage)
-        spec = resolve_clip(model, store)
+        spec = resolve_clip(model, Storage(storage))
         recipes = {
             name: ZeroShot(
                 tower=spec,
@@ -126,7 +125,7 @@ def zero_shot(
         }
         if require_published:
             _check_gates(recipes)
-        _run(recipes, _loaded(spec, store), require_published, as_json)
+        _run(recipes, _loaded(spec, Storage(storage)), require_published, as_json)
 
 
 def parse_benchmarks(text: str) -> list[str]:

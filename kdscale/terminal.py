@@ -49,6 +49,7 @@ def progress_bar(as_json: bool = False) -> Generator[Callable[[str, int, int | N
         task = progress.add_task("starting", total=None)
 
         def show(what: str, done: int, total: int | None) -> None:
+            """Moves the bar."""
             progress.update(task, description=what, completed=done, total=total)
 
         yield show

@@ -88,18 +88,25 @@ def read_segment(
     shard_of = np.asarray(segment.shards, np.int32)[slots]
     for start in range(0, segment.num_rows, _READ_ROWS):
         stop = min(start + _READ_ROWS, segment.num_rows)
-        keys, captions, images = zip(*(row for row in found[start:stop] if row), strict=True)
-        found[start:stop] = [None] * (stop - start)
         columns = {
             "row": np.arange(start, stop, dtype=np.int64) + segment.first_row,
             "epoch": np.full(stop - start, segment.epoch, np.int64),
             "shard": shard_of[start:stop],
             "place": place_of[start:stop],
-            "key": pa.array(keys, pa.string()),
-            "caption": pa.array(captions, pa.string()),
-            "jpg": _binaries(images),
+            **_taken(found, start, stop),
         }
         yield pa.table(columns | {k: _lists(v[start:stop]) for k, v in cached.items()})
+
+
+def _taken(found: Found, start: int, stop: int) -> dict[str, pa.Array]:
+    """Takes rows out of what was read, so that their bytes are not held twice."""
+    keys, captions, images = zip(*(row for row in found[start:stop] if row), strict=True)
+    found[start:stop] = [None] * (stop - start)
+    return {
+        "key": pa.array(keys, pa.string()),
+        "caption": pa.array(captions, pa.string()),
+        "jpg": _binaries(images),
+    }
 
 
 def _read_shard(

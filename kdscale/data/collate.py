@@ -50,6 +50,19 @@ def collate(
     """
     import torch
 
+    columns = _columns(samples, pixels, pad_id, image_token_id, num_image_tokens, pixel_shape)
+    return {name: torch.from_numpy(column) for name, column in columns.items()}
+
+
+def _columns(
+    samples: Sequence[Encoded],
+    pixels: Sequence[Pixels | None],
+    pad_id: int,
+    image_token_id: int,
+    num_image_tokens: int,
+    pixel_shape: tuple[int, ...],
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Builds what `collate` returns, as arrays."""
     if not samples or len(samples) != len(pixels):
         raise DataError(f"{len(samples)} samples with {len(pixels)} images make no micro-batch")
     images: list[Pixels] = []
@@ -64,13 +77,12 @@ def collate(
         images = [np.zeros(pixel_shape, np.uint8 if len(pixel_shape) == 3 else np.float16)]
         ids[0] = np.append(ids[0], np.full(num_image_tokens, image_token_id, np.int64))
     length = max(map(len, ids))
-    columns = {
+    return {
         "input_ids": _padded(ids, length, pad_id),
         "attention_mask": _padded([np.ones(count, np.int64) for count in attended], length, 0),
         "labels": _padded(labels, length, IGNORE),
         "pixel_values": np.stack(images),
     }
-    return {name: torch.from_numpy(column) for name, column in columns.items()}
 
 
 def left_padded(prompts: Sequence[np.ndarray[Any, Any]], *, pad_id: int) -> dict[str, torch.Tensor]:

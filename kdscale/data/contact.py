@@ -76,6 +76,7 @@ def contact_sheet(samples: Sequence[RawSample], title: str, subtitle: str) -> by
     figure.figimage(canvas, 0, 0, origin="upper")
 
     def write(left: float, top: float, text: str, size: float, **options: Any) -> None:
+        """Writes a text whose left upper corner is given in pixels."""
         where = (left / width, 1 - top / height)
         figure.text(*where, text, fontsize=size, va="top", parse_math=False, **options)
 

@@ -173,6 +173,7 @@ def _captioned(fs: Any, root: str, annotations: str, split: str) -> list[EvalSha
     base = fs.unstrip_protocol(root).rstrip("/")
 
     def place(image: str) -> str:
+        """Returns where an image is, nothing where it is missing."""
         path = image if image in known else by_name.get(image.rpartition("/")[2], "")
         return path and f"{base}/{path}"
 

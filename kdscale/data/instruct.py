@@ -91,20 +91,25 @@ def encode(
     """
     text = render(rounds, template, has_image)
     ids, labels = _labelled(text, template, has_image, tokenizer, max_length)
+    place = _image_place(ids, image_token_id, has_image)
+    cut = max_length
+    if place is not None:
+        if place + num_image_tokens > max_length:
+            cut = _before_image(text, place, num_image_tokens, max_length)
+        ids = _expanded(ids, place, num_image_tokens, image_token_id)
+        labels = _expanded(labels, place, num_image_tokens, IGNORE)
+    return Encoded(ids[:cut], labels[:cut])
+
+
+def _image_place(ids: Ids, image_token_id: int, has_image: bool) -> int | None:
+    """Returns where the image's token is, None without an image."""
     found = np.flatnonzero(ids == image_token_id)
     if len(found) != int(has_image):
         raise ConfigError(
             f"a text with {int(has_image)} {IMAGE} has {len(found)} tokens of id {image_token_id}: "
             f"the tokenizer needs {IMAGE} as a special token of that id"
         )
-    cut = max_length
-    if has_image:
-        place = int(found[0])
-        if place + num_image_tokens > max_length:
-            cut = _before_image(text, place, num_image_tokens, max_length)
-        ids = _expanded(ids, place, num_image_tokens, image_token_id)
-        labels = _expanded(labels, place, num_image_tokens, IGNORE)
-    return Encoded(ids[:cut], labels[:cut])
+    return int(found[0]) if has_image else None
 
 
 def encode_prompt(
@@ -142,12 +147,7 @@ def check_template(
         ConfigError: They do not fit; says why.
     """
     spec = spec_of(template)
-    end = _tokens(tokenizer, [spec.terminator])[0]
-    if spec.terminator and len(end) != 1:
-        raise ConfigError(
-            f"template {template!r} ends answers with {spec.terminator}, which this tokenizer "
-            f"splits into {len(end)} tokens; it needs one, or another template"
-        )
+    _check_terminator(template, spec.terminator, tokenizer)
     sample = [("What is this?", "A cat."), ("How many?", "2 cats")]
     encoded = encode(
         sample if spec.terminator else sample[:1],
@@ -168,6 +168,16 @@ def check_template(
         raise ConfigError(
             f"max_length {max_length} leaves no room for text beside an image of "
             f"{num_image_tokens} tokens"
+        )
+
+
+def _check_terminator(template: str, end: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Refuses a tokenizer that has no token for the end of an answer."""
+    (tokens,) = _tokens(tokenizer, [end])
+    if end and len(tokens) != 1:
+        raise ConfigError(
+            f"template {template!r} ends answers with {end}, which this tokenizer "
+            f"splits into {len(tokens)} tokens; it needs one, or another template"
         )
 
 

@@ -81,21 +81,8 @@ def finish_instruct(table: pa.Table, plan: InstructPlan) -> pa.Table:
         CacheMissing, CacheMismatch, CacheCorrupt: The cached features are not those.
     """
     cv2.setNumThreads(1)
-    tokenizer = made(plan.tokenizer)
-    image_token_id, num_image_tokens = plan.image_tokens
     images = table.column("jpg")
-    encoded = [
-        encode(
-            rounds(json.loads(text)),
-            plan.template,
-            image.is_valid,
-            tokenizer,
-            image_token_id=image_token_id,
-            num_image_tokens=num_image_tokens,
-            max_length=plan.max_length,
-        )
-        for text, image in zip(table.column("caption").to_pylist(), images, strict=True)
-    ]
+    encoded = _encoded(table, plan)
     pixels = [
         _pixels(table, row, plan) if images[row].is_valid else None for row in range(len(images))
     ]
@@ -110,6 +97,25 @@ def finish_instruct(table: pa.Table, plan: InstructPlan) -> pa.Table:
             "pixels": pa.array(pixels, pa.large_binary()),
         }
     )
+
+
+def _encoded(table: pa.Table, plan: InstructPlan) -> list[Encoded]:
+    """Turns the conversations of a micro-batch into ids and labels."""
+    tokenizer = made(plan.tokenizer)
+    image_token_id, num_image_tokens = plan.image_tokens
+    texts, images = table.column("caption").to_pylist(), table.column("jpg")
+    return [
+        encode(
+            rounds(json.loads(text)),
+            plan.template,
+            image.is_valid,
+            tokenizer,
+            image_token_id=image_token_id,
+            num_image_tokens=num_image_tokens,
+            max_length=plan.max_length,
+        )
+        for text, image in zip(texts, images, strict=True)
+    ]
 
 
 def _pixels(table: pa.Table, row: int, plan: InstructPlan) -> bytes:

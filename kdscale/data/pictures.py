@@ -45,6 +45,7 @@ def finder(captions: Captions, folder: str) -> Finder:
     root = os.path.abspath(folder)
 
     def find(row: Row) -> tuple[str, str | None]:
+        """Returns the path of a row's image below the folder, and what is wrong with it."""
         path = os.path.normpath(os.path.join(root, row.image))
         if not path.startswith(os.path.join(root, "")):
             return row.image, "outside_folder"

@@ -274,12 +274,14 @@ def _write(
     num_done = num_reused = 0
 
     def add(job: ShardJob, stats: ShardStats) -> None:
+        """Notes a shard that is written."""
         nonlocal num_done
         written[job.number] = stats
         num_done += len(job.items)
         progress("writing", num_done, num_items)
 
     def unfinished() -> Iterator[ShardJob]:
+        """Yields the shards that no earlier run has finished."""
         nonlocal num_reused
         for job in jobs:
             stats = job.finished()
@@ -329,6 +331,7 @@ def _end_with_parent() -> None:
     assert parent is not None
 
     def watch() -> None:
+        """Ends this process when the parent has ended."""
         parent.join()
         os._exit(1)
 

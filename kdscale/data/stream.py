@@ -254,13 +254,11 @@ def compressed(config: StreamConfig | InstructConfig, reading: Reading) -> ray.d
             return [_task(segment) for segment in segments]
 
     def _task(segment: Segment) -> ReadTask:
+        """Returns the task that reads a segment."""
         entries = tuple(shards[number] for number in segment.shards)
-        return ReadTask(
-            partial(read_segment, segment, entries, reading),
-            BlockMetadata(
-                num_rows=segment.num_rows, size_bytes=None, exec_stats=None, input_files=None
-            ),
-        )
+        unknown = {"size_bytes": None, "exec_stats": None, "input_files": None}
+        metadata = BlockMetadata(num_rows=segment.num_rows, **unknown)
+        return ReadTask(partial(read_segment, segment, entries, reading), metadata)
 
     # Half, because a reader waits for storage; and unlike the decoders, or Ray would fuse the
     # two and lose the rows that a block takes from two windows.

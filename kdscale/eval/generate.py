@@ -139,6 +139,7 @@ class Generator:
         lengths = [len(ids) for ids in self.processor.tokenizer(list(texts))["input_ids"]]
 
         def rank(place: int) -> tuple[int, int, int]:
+            """Returns what prompts of one batch should have in common."""
             prompt = prompts[place]
             return prompt.max_new_tokens, len(prompt.images), lengths[place]
 

@@ -1,4 +1,7 @@
-"""What counts as a right short answer; needs no model."""
+"""What counts as a right answer to a question of the miniature world; needs no model.
+
+Benchmarks have rules of their own (`kdscale.eval.scoring`).
+"""
 
 from __future__ import annotations
 

@@ -64,21 +64,31 @@ def questions(
             than after all have been answered.
     """
     spec = find_benchmark(benchmark)
-    if mode not in get_args(Mode):
-        raise unknown_name("mode", mode, get_args(Mode))
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit is {limit}; ask at least one question, or None for all")
+    _check_options(limit, mode)
     place = None if directory is None else Path(directory).expanduser().absolute()
     root = _download(spec, revision) if place is None else _folder(spec, place)
+    chosen = _chosen(spec, root, mode, limit)
+    check_items(spec.name, (question.item("") for question in chosen))
+    return chosen
+
+
+def _chosen(spec: Benchmark, root: Path, mode: Mode, limit: int | None) -> list[Question]:
+    """Reads the first questions of a benchmark; all of it where groups have to be found."""
     is_grouped = spec.group_size is not None or spec.has_rotations
     found, problems = _read(spec, root, mode, None if is_grouped else limit)
     if problems := problems or _incomplete_groups(spec, found):
         raise BadBenchmark(_report(spec, problems))
     if not found:
         raise BadBenchmark(f"{spec.name}: no question in {root}")
-    chosen = _first(found, limit) if is_grouped and limit is not None else found
-    check_items(spec.name, (question.item("") for question in chosen))
-    return chosen
+    return _first(found, limit) if is_grouped and limit is not None else found
+
+
+def _check_options(limit: int | None, mode: str) -> None:
+    """Refuses what is no mode or no limit."""
+    if mode not in get_args(Mode):
+        raise unknown_name("mode", mode, get_args(Mode))
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit is {limit}; ask at least one question, or None for all")
 
 
 def hub_commit(benchmark: str, revision: str | None = None) -> str | None:

@@ -59,6 +59,7 @@ def build_bpe(merges_file: str | Path, context_length: int) -> Callable[[Sequenc
     start, end = vocabulary[_START], vocabulary[_END]
 
     def encode(texts: Sequence[str]) -> Ids:
+        """Returns (B, T) ids between start and end, zeros behind."""
         ids_BT = np.zeros((len(texts), context_length), np.int64)
         for row, text in zip(ids_BT, texts, strict=True):
             found = encoder.encode(clean(text)).ids[: context_length - 2]

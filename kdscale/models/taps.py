@@ -204,6 +204,7 @@ def _from_timm(spec: ImageModelSpec, seed: int) -> ImageTower:
     transform: Any = create_transform(**resolve_model_data_config(model), is_training=False)
 
     def render(rgb: Rgb) -> Pixels:
+        """Returns the pixels of an image."""
         return transform(Image.fromarray(rgb)).numpy()
 
     return ImageTower(spec.name, model, render, lambda pixels: pixels, partial(timm_states, model))
@@ -258,6 +259,7 @@ def _from_transformers(spec: ImageModelSpec) -> ImageTower:
     vision = getattr(model, "vision_model", model)
 
     def render(rgb: Rgb) -> Pixels:
+        """Returns the pixels of an image."""
         return processor(images=Image.fromarray(rgb), return_tensors="np")["pixel_values"][0]
 
     states = partial(transformers_states, vision)
@@ -310,6 +312,7 @@ def _from_vlm(spec: ImageModelSpec, storage: Storage) -> ImageTower:
     prepare: Any = processor.image_processor
 
     def render(rgb: Rgb) -> Pixels:
+        """Returns the pixels of an image."""
         return prepare(images=Image.fromarray(rgb), return_tensors="np")["pixel_values"][0]
 
     return ImageTower(spec.name, body, render, lambda pixels: pixels, partial(vlm_states, body))

@@ -121,6 +121,7 @@ class TowerPair:
         images = read_images(shard, wanted)
 
         def ahead() -> list[Any]:
+            """Begins to decode the images of one more batch."""
             return [self._pool.submit(self._render, *item) for item in islice(images, BATCH_SIZE)]
 
         pending = ahead()

@@ -97,6 +97,7 @@ class DistillTask:
         self.parts = micro_batches(rows, micro)
 
     def _build_student(self, storage: Storage) -> Tower:
+        """Builds the student as it trains: grouped BatchNorm, drawn paths."""
         spec = self.recipe.student
         assert isinstance(spec, TowerSpec)
         options: dict[str, Any] = {"drop_path": self.recipe.drop_path}
@@ -111,6 +112,7 @@ class DistillTask:
         return Tower(model.to(self.world.device).train(), spec)
 
     def _build_teacher(self, storage: Storage) -> Tower | None:
+        """Builds the frozen teacher, None without one."""
         spec = self.recipe.teacher
         if spec is None:
             return None
@@ -126,6 +128,7 @@ class DistillTask:
         return [model.logit_scale] + ([bias] if isinstance(bias, nn.Parameter) else [])
 
     def _wrap(self) -> nn.Module:
+        """Makes the module whose gradients the workers average; scales are averaged apart."""
         masked = "mfd" in self.heads.terms and not self.flags.mfd_noop
         encoder = Encoder(self.student.model, masked)
         if self.world.size == 1:
@@ -139,6 +142,7 @@ class DistillTask:
         return DistributedDataParallel(encoder, broadcast_buffers=False)
 
     def _build_optimizer(self) -> torch.optim.AdamW:
+        """Makes AdamW over student, heads and scales."""
         groups = parameter_groups(self.student.model, self.recipe.weight_decay)
         groups += self.heads.weight_decay_groups(self.recipe.weight_decay)
         options: Any = adam_options(self.recipe, self.flags.betas_by_name)
@@ -187,12 +191,14 @@ class DistillTask:
         self.heads.clamp_()
 
     def _encode_fn(self, batch: Batch) -> Callable[[slice, bool], tuple[Tensor, ...]]:
+        """Returns what encodes a part of this worker's batch."""
         spec, device = self.student.spec, self.world.device
         images = to_device(batch.images[spec.image_px], device)
         tokens = to_device(batch.tokens[spec.tokens_name], device)
         rows = torch.as_tensor(batch.rows % self.recipe.global_batch_size)
 
         def encode(part: slice, replay: bool) -> tuple[Tensor, ...]:
+            """Encodes a part; a replay repeats its draws and leaves statistics alone."""
             collecting(self.student.model, not replay)
             set_draws(
                 self.student.model,
@@ -208,6 +214,7 @@ class DistillTask:
         return encode
 
     def _loss_fn(self, batch: Batch) -> Callable[..., dict[str, Tensor]]:
+        """Returns the loss of the global batch as a function of the student's features."""
         teacher_image, teacher_text, teacher_scale = self._teach(batch)
         scale = self.scales[0]
         bias: Any = self.scales[1] if len(self.scales) > 1 else 0.0
@@ -215,6 +222,7 @@ class DistillTask:
         def loss(
             image_ND: Tensor, text_ND: Tensor, masked_ND: Tensor | None = None
         ) -> dict[str, Tensor]:
+            """Computes terms and total from gathered features."""
             return self.heads(
                 image_ND,
                 text_ND,

@@ -92,6 +92,7 @@ class EvalSet:
             self._cache[kind] = kept
 
     def _read(self, spec: TowerSpec) -> Iterator[tuple[list[str], list[int], Tensor]]:
+        """Yields this worker's images in batches: keys, labels, pixels."""
         keys: list[str] = []
         labels: list[int] = []
         images: list[np.ndarray] = []
@@ -145,6 +146,7 @@ class Evaluator:
             student.model.train(was_training)
 
     def _run(self, student: Tower, teacher: Tower | None) -> Scores:
+        """Classifies all images and compares their features with the teacher's."""
         with autocast(self._precision, self._world.device):
             weights_CD = classifier(
                 student.model, tokenizer(student.spec), self._names, self._templates
@@ -164,6 +166,7 @@ class Evaluator:
         return self._merge(rows, cka, self._reference is not None)
 
     def _encode(self, tower: Tower, images: Tensor) -> dict[str, Tensor]:
+        """Returns a tower's features of a batch of images."""
         pixels = normalise(images.to(self._world.device), tower.spec)
         with autocast(self._precision, self._world.device):
             return image_features(tower.model, pixels)

@@ -94,6 +94,7 @@ class FeatureWriter:
         """Yields (n, P, D) of the images, in order."""
 
         def render(sample: RawSample) -> Values:
+            """Returns the pixels of a sample."""
             place = (entry.path, sample.key)
             return rendered(sample.jpg or b"", self.render, self.colour, place)
 

@@ -110,7 +110,6 @@ def verified(
     storage: Storage,
     *,
     content: Content = "captions",
-    labelled: bool = False,
     progress: Progress = lambda _: None,
     each_shard: Callable[[ShardEntry], None] | None = None,
 ) -> Manifest:
@@ -120,7 +119,7 @@ def verified(
         spec: Its `urls` name shards, or a manifest that is read as it is. Labelled images may also
             lie in class folders or have labels in words; they are written into the storage once.
         storage: Where manifests are kept.
-        content: What every sample must carry; `labelled` is short for `content="labels"`.
+        content: What every sample must carry.
         progress: Told, in words, about long work.
         each_shard: Called with each shard that had to be verified.
 
@@ -130,20 +129,13 @@ def verified(
         TooManyBadSamples: More are unusable than the spec allows.
         UnknownLabel: A label in words is none of ImageNet's classes.
     """
-    if spec.urls is None:
-        raise NoShards(
-            f"data set {spec.name!r} has no path: pass its shards with "
-            f"--data '{spec.name}=/data/{spec.name}/{{00000..00999}}.tar'"
-        )
-    content = "labels" if labelled else content
-    if spec.urls.endswith(".json"):
-        manifest = read_manifest(spec.urls, content=content)
+    if _urls(spec).endswith(".json"):
+        manifest = read_manifest(_urls(spec), content=content)
         check_fraction(manifest, spec.max_bad_fraction)
         return manifest
     if content == "labels":
         spec = as_shards(spec, storage, progress)
-    assert spec.urls is not None
-    place = manifest_place(spec.urls, content=content)
+    place = manifest_place(_urls(spec), content=content)
     if storage.exists(*place):
         manifest = Manifest.from_json(storage.read(*place).decode())
         check_fraction(manifest, spec.max_bad_fraction)
@@ -152,6 +144,16 @@ def verified(
     manifest = build_manifest(spec, content=content, progress=each_shard)
     storage.write(manifest.to_json().encode(), *place)
     return manifest
+
+
+def _urls(spec: DataSpec) -> str:
+    """Returns where a data set is; NoShards if nobody has said."""
+    if spec.urls is None:
+        raise NoShards(
+            f"data set {spec.name!r} has no path: pass its shards with "
+            f"--data '{spec.name}=/data/{spec.name}/{{00000..00999}}.tar'"
+        )
+    return spec.urls
 
 
 def as_shards(spec: DataSpec, storage: Storage, progress: Progress = lambda _: None) -> DataSpec:

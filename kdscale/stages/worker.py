@@ -84,20 +84,7 @@ def fit(jobs: Sequence[TrainJob]) -> None:
     failure: Exception | None = None
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", HEALTH_CHECK_INTERVAL_S)
     with tempfile.TemporaryDirectory() as bookkeeping:  # Ray Train's own; nothing reads it
-        trainer = ray.train.torch.TorchTrainer(
-            _work,
-            train_loop_config={"jobs": list(jobs), "in_group": run.num_workers > 0},
-            scaling_config=_scaling(run),
-            datasets={
-                job.key: _dataset_from_cursor(job) for job in jobs if isinstance(job, StreamJob)
-            },
-            dataset_config=data_config(run.data_cpus),
-            run_config=ray.train.RunConfig(
-                name=jobs[-1].key,
-                storage_path=bookkeeping,
-                failure_config=ray.train.FailureConfig(max_failures=run.max_failures),
-            ),
-        )
+        trainer = _trainer(jobs, run, bookkeeping)
         try:
             trainer.fit()
         except Exception as error:
@@ -106,6 +93,24 @@ def fit(jobs: Sequence[TrainJob]) -> None:
     for job in jobs:
         if (note := stopped(job.stage)) is not None:
             raise EndedEarly(f"stopped early at step {note['step']}: {note['reason']}")
+
+
+def _trainer(
+    jobs: Sequence[TrainJob], run: Execution, bookkeeping: str
+) -> ray.train.torch.TorchTrainer:
+    """Makes the group of workers that runs the jobs."""
+    return ray.train.torch.TorchTrainer(
+        _work,
+        train_loop_config={"jobs": list(jobs), "in_group": run.num_workers > 0},
+        scaling_config=_scaling(run),
+        datasets={job.key: _dataset_from_cursor(job) for job in jobs if isinstance(job, StreamJob)},
+        dataset_config=data_config(run.data_cpus),
+        run_config=ray.train.RunConfig(
+            name=jobs[-1].key,
+            storage_path=bookkeeping,
+            failure_config=ray.train.FailureConfig(max_failures=run.max_failures),
+        ),
+    )
 
 
 def raise_failed(jobs: Sequence[TrainJob | ShardJob | AnswersJob], error: Exception | None) -> None:
@@ -231,6 +236,7 @@ def _dataset_from_cursor(job: StreamJob) -> Callable[[], Any]:
     """Returns a function that makes the stream from the newest checkpoint on."""
 
     def make() -> Any:
+        """Makes it, when a group of workers starts."""
         # A stage that has all its steps reads no stream, but Ray wants one to exist.
         start = min(Checkpoints(job.stage, keep=1).latest_step(), job.total_steps - 1)
         if isinstance(job, VlmJob):

@@ -36,6 +36,7 @@ def first_letter_rule(stops: str) -> Rule:
     """Returns the rule that compares the first letter with the gold one."""
 
     def rule(item: Item) -> Verdict:
+        """Judges an item."""
         found = first_letter(item.prediction, stops)
         return Verdict(float(found == _letter(item.places[-1])), found in _letters(item))
 
