@@ -27,6 +27,7 @@ LAYERS = {
     "cli_evaluate": 4,
     "cli_export": 4,
     "cli_plan": 4,
+    "cli_request": 4,
     "lmms_model": 3,
     "lmms_plugin": 3,
     "cli_zero_shot": 4,
