@@ -1,0 +1,47 @@
+"""A sweep's report as files: the page, its trials as a table, its scores as a picture."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from kdscale.sweep.figures import scores_figure
+from kdscale.sweep.plan import Plan
+from kdscale.sweep.render import write_html
+from kdscale.sweep.report import Report
+from kdscale.sweep.tracked_facts import trial_scores
+
+DPI = 150
+
+
+def write_files(report: Report, plan: Plan, folder: str) -> dict[str, str]:
+    """Writes the report of one sweep: {name: path of a file in the folder}."""
+    (table,) = report.tables
+    paths = {name: str(Path(folder, name)) for name in ("report.html", "trials.csv", "scores.png")}
+    write_html(report, plan, paths["report.html"])
+    _write_csv(report, table.sweep, paths["trials.csv"])
+    figure = scores_figure(report, table.sweep)
+    if figure is None:
+        del paths["scores.png"]
+    else:
+        figure.savefig(paths["scores.png"], dpi=DPI, metadata={"Software": None})
+    return paths
+
+
+def _write_csv(report: Report, sweep: str, path: str) -> None:
+    """Writes a row for each trial: what was chosen, and every number that the report has."""
+    scores = trial_scores(report, sweep)
+    trials = [(row, row.metrics) for row in report.of(sweep)]
+    trials += [(row, {}) for row in report.vlms if row.sweep == sweep]
+    rows = [
+        {"trial": row.name, "key": row.key, "state": row.state}
+        | {name: "none" if value is None else value for name, value in row.chosen.items()}
+        | metrics
+        | scores.get(row.name, {})
+        for row, metrics in trials
+    ]
+    columns = dict.fromkeys(name for row in rows for name in row)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(columns), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
