@@ -66,7 +66,7 @@ def execute(
     prepare(plan, progress.say)
 
     def connect() -> list[Tracker]:
-        return [Tracker(uri, sweep.name, plan, command) for sweep in sweeps]
+        return [Tracker(uri, s.name, plan, command, s.question) for s in sweeps]
 
     with Follower(plan, progress), Mirror(connect) as mirror, budget:
         failures = run_plan(alone)

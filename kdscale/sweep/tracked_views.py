@@ -25,7 +25,7 @@ MEASURED_DISTILLATION = ("zero_shot_top1", "minus_control", "cka_debiased")
 MEASURED_VLM = ("vlm_average", "vlm_average_blind", "vlm_accuracy", "vlm_accuracy_blind")
 WIDTHS = {"metrics": 130, "params": 110}
 NAME_WIDTH = 420
-MAX_COMMAND = 1000
+MAX_ABOUT = 3000  # of 5000 characters that a tag may have
 
 
 def runs_page(experiment: str, view: str = TRIALS_VIEW) -> str:
@@ -34,14 +34,14 @@ def runs_page(experiment: str, view: str = TRIALS_VIEW) -> str:
 
 
 def experiment_tags(
-    experiment: str, trials: Sequence[PlannedTrial], command: str, created_ms: int
+    experiment: str, trials: Sequence[PlannedTrial], about: str, created_ms: int
 ) -> dict[str, str]:
     """Returns the tags that make an experiment's pages useful.
 
     Args:
         experiment: Its id.
         trials: What it holds.
-        command: What runs it again.
+        about: What it asks, and what runs it again.
         created_ms: When it was created: a view's time, so that its tag never changes by itself.
     """
     columns = trial_columns(trials)
@@ -53,7 +53,7 @@ def experiment_tags(
         "mlflow.experiment.primaryMetric.greaterIsBetter": "True",
         VIEW_TAG + TRIALS_VIEW: _view("Trials", columns, flat, created_ms),
         VIEW_TAG + TREE_VIEW: _view("Trials with their stages", columns, {}, created_ms),
-        NOTE_TAG: _note(experiment, command),
+        NOTE_TAG: _note(experiment, about),
     }
 
 
@@ -83,11 +83,10 @@ def _view(name: str, columns: Sequence[str], search: dict[str, object], created_
     return json.dumps(envelope | {"state": f"deflate;{packed}"})
 
 
-def _note(experiment: str, command: str) -> str:
+def _note(experiment: str, about: str) -> str:
     """Describes an experiment to who opens it."""
     return (
         f"[Trials as a table]({runs_page(experiment)}), "
         f"[trials with their stages]({runs_page(experiment, TREE_VIEW)}). "
-        "The report is an artifact of the sweep's own run. Made by\n\n"
-        f"    {command[:MAX_COMMAND]}\n"
+        f"The report is an artifact of the sweep's own run.\n\n{about[:MAX_ABOUT]}\n"
     )

@@ -105,15 +105,18 @@ class Tracker:
         sweep: The sweep's name, also the experiment's.
         plan: What is run; only stages of this sweep's trials are tracked.
         command: What runs the sweep, for people.
+        question: What the sweep asks, for people.
     """
 
-    def __init__(self, uri: str, sweep: str, plan: Plan, command: str = "kdscale run") -> None:
+    def __init__(
+        self, uri: str, sweep: str, plan: Plan, command: str = "kdscale run", question: str = ""
+    ) -> None:
         from mlflow import MlflowClient
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         self._client = MlflowClient(tracking_uri=uri)
         self.sweep, self._plan, self._command = sweep, plan, command
-        self._experiment = self._find_experiment(uri)
+        self._experiment = self._find_experiment(uri, f"{question.strip()}\n\n    {command}")
         self._parent = self._find_or_create({SWEEP_TAG: sweep}, sweep, {"level": "sweep"}, None)
         self._stages: dict[str, StageRun] = {}
         self._parents: dict[str, str] = {}
@@ -197,7 +200,7 @@ class Tracker:
         own = {key for t in self._plan.trials if t.sweep == self.sweep for key in t.path}
         return [stage for stage in self._plan.stages.values() if stage.key in own]
 
-    def _find_experiment(self, uri: str) -> str:
+    def _find_experiment(self, uri: str, about: str) -> str:
         """Returns the sweep's experiment, with the tags that its pages go by."""
         name = f"kdscale/{self.sweep}"
         found = self._client.get_experiment_by_name(name)
@@ -209,7 +212,7 @@ class Tracker:
             found = self._client.get_experiment_by_name(name)
         assert found is not None
         tags = experiment_tags(
-            found.experiment_id, self._own_trials(), self._command, found.creation_time or 0
+            found.experiment_id, self._own_trials(), about, found.creation_time or 0
         )
         for tag, value in tags.items():
             is_theirs = tag == NOTE_TAG and tag in found.tags  # a description may be edited
