@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 from kdscale.sweep.figures import scores_figure
+from kdscale.sweep.outcomes import TrialRow
 from kdscale.sweep.plan import Plan
 from kdscale.sweep.render import write_html
 from kdscale.sweep.report import Report
 from kdscale.sweep.tracked_facts import trial_scores
+from kdscale.sweep.vlm_outcomes import VlmRow
 
 DPI = 150
 
@@ -20,7 +23,7 @@ def write_files(report: Report, plan: Plan, folder: str) -> dict[str, str]:
     paths = {name: str(Path(folder, name)) for name in ("report.html", "trials.csv", "scores.png")}
     write_html(report, plan, paths["report.html"])
     _write_csv(report, table.sweep, paths["trials.csv"])
-    figure = scores_figure(report, table.sweep)
+    figure: Any = scores_figure(report, table.sweep)
     if figure is None:
         del paths["scores.png"]
     else:
@@ -31,9 +34,11 @@ def write_files(report: Report, plan: Plan, folder: str) -> dict[str, str]:
 def _write_csv(report: Report, sweep: str, path: str) -> None:
     """Writes a row for each trial: what was chosen, and every number that the report has."""
     scores = trial_scores(report, sweep)
-    trials = [(row, row.metrics) for row in report.of(sweep)]
-    trials += [(row, {}) for row in report.vlms if row.sweep == sweep]
-    rows = [
+    trials: list[tuple[TrialRow | VlmRow, dict[str, float]]] = [
+        *((row, row.metrics) for row in report.of(sweep)),
+        *((row, {}) for row in report.vlms if row.sweep == sweep),
+    ]
+    rows: list[dict[str, Any]] = [
         {"trial": row.name, "key": row.key, "state": row.state}
         | {name: "none" if value is None else value for name, value in row.chosen.items()}
         | metrics

@@ -10,27 +10,27 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from kdscale.core.config import Distill
 from kdscale.core.vlm_config import Vlm
 from kdscale.sweep.plan import PlannedTrial
 
-VIEW_TAG = "mlflow.sharedViewState."
+VIEW_TAG, VIEW_KEY = "mlflow.sharedViewState.", "viewStateShareKey"
 NOTE_TAG = "mlflow.note.content"
 TRIALS_VIEW, TREE_VIEW = "kdscale-trials", "kdscale-tree"
 OF_DISTILLATION = ("student", "teacher", "loss", "epochs")
 OF_VLM = ("recipe", "llm")
 MEASURED_DISTILLATION = ("zero_shot_top1", "minus_control", "cka_debiased")
 MEASURED_VLM = ("vlm_average", "vlm_average_blind", "vlm_accuracy", "vlm_accuracy_blind")
-WIDTHS = {"metrics": 130, "params": 110}
-NAME_WIDTH = 420
+WIDTHS = {"metrics": 130, "params": 100}
+NAME_COLUMN, NAME_WIDTH = "attributes.`Run Name`", 330
 MAX_ABOUT = 3000  # of 5000 characters that a tag may have
 
 
 def runs_page(experiment: str, view: str = TRIALS_VIEW) -> str:
     """Returns the page of an experiment's runs, below a server's address."""
-    return f"#/experiments/{experiment}/runs?viewStateShareKey={view}"
+    return f"#/experiments/{experiment}/runs?workflowType=machine_learning&{VIEW_KEY}={view}"
 
 
 def experiment_tags(
@@ -66,17 +66,17 @@ def trial_columns(trials: Sequence[PlannedTrial]) -> list[str]:
     if Distill not in kinds:
         metrics = [*MEASURED_VLM, *MEASURED_DISTILLATION[:1]]
     columns = [f"params.`{name}`" for name in dict.fromkeys(params)]
-    return [*columns, *(f"metrics.`{name}`" for name in metrics), "attributes.`Duration`"]
+    return [*columns, *(f"metrics.`{name}`" for name in metrics)]
 
 
-def _view(name: str, columns: Sequence[str], search: dict[str, object], created_ms: int) -> str:
+def _view(name: str, columns: Sequence[str], search: Mapping[str, object], created_ms: int) -> str:
     """Returns a saved view as MLflow's pages write it."""
-    widths = {column: WIDTHS.get(column.partition(".")[0], 100) for column in columns}
+    widths = {column: WIDTHS[column.partition(".")[0]] for column in columns}
     state = {
         **{key: value for key, value in search.items() if value is not None},
         "selectedColumns": list(columns),
-        "columnOrder": list(columns),
-        "columnWidths": widths | {"attributes.`Run Name`": NAME_WIDTH},
+        "columnOrder": [NAME_COLUMN, *columns],  # widths of others are ignored
+        "columnWidths": {NAME_COLUMN: NAME_WIDTH, **widths},
     }
     packed = base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
     envelope = {"name": name, "createdAt": created_ms, "updatedAt": created_ms}

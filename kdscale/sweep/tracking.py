@@ -56,6 +56,7 @@ logger = logging.getLogger(__name__)
 KEY_TAG, TRIAL_TAG, SWEEP_TAG = "kdscale.key", "kdscale.trial", "kdscale.sweep"
 CREATED_TAG = "kdscale.created"
 PARENT_TAG = "mlflow.parentRunId"
+UNFOLDED = {"mlflow.runType": "evaluation"}  # MLflow's pages open the parents of such runs
 MAX_NAME = 250  # of a run, in MLflow's tables
 LOCAL_UI = "http://127.0.0.1:5000"
 
@@ -280,7 +281,7 @@ class Tracker:
         if found is not None:
             return found
         params = trial_params(trial, self._plan)
-        tags = {"level": "trial", PARENT_TAG: self._parent, **trial_tags(params)}
+        tags = {"level": "trial", PARENT_TAG: self._parent, **UNFOLDED, **trial_tags(params)}
         start = started_ms(stage.store(self._plan.storage))
         run_id = self._find_or_create({TRIAL_TAG: trial.student}, trial.trial.name, tags, start)
         run = self._client.get_run(run_id)
