@@ -167,7 +167,6 @@ def test_curves_go_by_epochs_and_scores_come_from_the_report(tracked: Tracked) -
     assert tracked.history(name, "cka_debiased") == [(1, 0.32), (2, 0.64)]
     (run,) = [r for r in tracked.runs("tags.level = 'trial'") if r.info.run_name == name]
     assert run.data.metrics["minus_control"] == pytest.approx(20.0)
-    assert run.data.metrics["zero_shot_low"] < 45 < run.data.metrics["zero_shot_high"]
     assert run.data.params | {"lr": ""} == {
         "student": "vit_t16",
         "teacher": "clip_l14",
@@ -208,6 +207,8 @@ def test_small_results_are_attached_and_weights_only_named(tracked: Tracked) -> 
     assert not any("safetensors" in name or "model" in name for name in files(stage, "output"))
     reports = {"report/report.html", "report/trials.csv", "report/scores.png"}
     assert files(sweep, "report") == reports
+    header = Path(tracked.files["trials.csv"]).read_text().splitlines()[0].split(",")
+    assert {"trial", "teacher", "zero_shot_top1", "zero_shot_low", "minus_control"} <= set(header)
     document = json.loads(
         Path(client.download_artifacts(trial.info.run_id, "trial.json")).read_text()
     )

@@ -35,7 +35,7 @@ def _write_csv(report: Report, sweep: str, path: str) -> None:
     """Writes a row for each trial: what was chosen, and every number that the report has."""
     scores = trial_scores(report, sweep)
     trials: list[tuple[TrialRow | VlmRow, dict[str, float]]] = [
-        *((row, row.metrics) for row in report.of(sweep)),
+        *((row, row.metrics | _interval(row)) for row in report.of(sweep)),
         *((row, {}) for row in report.vlms if row.sweep == sweep),
     ]
     rows: list[dict[str, Any]] = [
@@ -50,3 +50,10 @@ def _write_csv(report: Report, sweep: str, path: str) -> None:
         writer = csv.DictWriter(file, list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def _interval(row: TrialRow) -> dict[str, float]:
+    """Returns the ends of a score's 95 % interval."""
+    if row.score is None:
+        return {}
+    return {"zero_shot_low": row.score.interval.low, "zero_shot_high": row.score.interval.high}

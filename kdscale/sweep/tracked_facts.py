@@ -167,10 +167,7 @@ def trial_scores(report: Report, sweep: str) -> dict[str, dict[str, float]]:
     """Returns {trial's name: {metric: value}} of a sweep's report, beside what the curves hold."""
     found: dict[str, dict[str, float | None]] = {}
     for row in report.of(sweep):
-        interval = None if row.score is None else row.score.interval
         found[row.name] = {
-            "zero_shot_low": interval and interval.low,
-            "zero_shot_high": interval and interval.high,
             "minus_control": row.difference and row.difference.points,
             "seconds": row.seconds,
         }

@@ -116,7 +116,7 @@ class Tracker:
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         self._client = MlflowClient(tracking_uri=uri)
-        self.sweep, self._plan, self._command = sweep, plan, command
+        self.sweep, self._plan = sweep, plan
         self._experiment = self._find_experiment(uri, f"{question.strip()}\n\n    {command}")
         self._parent = self._find_or_create({SWEEP_TAG: sweep}, sweep, {"level": "sweep"}, None)
         self._stages: dict[str, StageRun] = {}
@@ -230,7 +230,7 @@ class Tracker:
             return found
         common = {
             "sweep": self.sweep,
-            "mlflow.source.name": self._command[:MAX_NAME],
+            "mlflow.source.name": f"kdscale run {self.sweep}",
             "mlflow.source.type": "LOCAL",
             CREATED_TAG: str(time.time_ns()),
         }
