@@ -23,7 +23,8 @@ from kdscale.core.types import ConfigError, ImpossibleResources, UnknownField
 from kdscale.sweep.plan import Plan, Stage, make_plan
 from kdscale.sweep.progress import print_plan
 from kdscale.sweep.run import _print_place
-from kdscale.sweep.tracking import flatten, viewing
+from kdscale.sweep.tracked_facts import stage_params
+from kdscale.sweep.tracking import viewing
 
 SWEEPS = Path(__file__).parent.parent / "sweeps"
 
@@ -374,11 +375,13 @@ def test_places_are_printed_as_they_are() -> None:
     assert console.file.getvalue() == f"report {place}\n"  # pyright: ignore
 
 
-def test_params_are_flat_and_short() -> None:
-    flat = flatten(Distill(student=MINI.students["vit_t16"], loss={"task": 1.0, "ckd": 2.0}))
-    assert flat["student.image_px"] == "48"
-    assert flat["loss.ckd"] == "2.0"
-    assert all(len(value) <= 500 for value in flat.values())
+def test_params_are_few_and_short() -> None:
+    long = {f"term_{number}": 0.5 for number in range(100)}
+    found = stage_params(Distill(student=MINI.students["vit_t16"], loss={"task": 1.0, "ckd": 2.0}))
+    assert (found["student"], found["loss"]) == ("mini ViT-T/16", "task+2 ckd")
+    assert found["teacher"] == "none"
+    assert len(found) < 40
+    assert len(stage_params(Distill(student="vit_t16", loss=long))["loss"]) == 500
 
 
 OWN_LOSS = '''

@@ -19,7 +19,7 @@ from kdscale.eval.answers import blocks_of, write_block
 from kdscale.eval.questions import Question
 from kdscale.sweep.plan import Plan, Stage, make_plan
 from kdscale.sweep.progress import Follower, Progress
-from kdscale.sweep.tracking import MAX_METRICS_PER_CALL, _StageRun, in_calls, unsent
+from kdscale.sweep.tracked import MAX_METRICS_PER_CALL, StageRun, in_calls, unsent
 
 
 class Client:
@@ -67,9 +67,9 @@ def write(plan: Plan, steps: range) -> None:
     writer.flush()
 
 
-def run_of(client: Client, plan: Plan) -> _StageRun:
+def run_of(client: Client, plan: Plan) -> StageRun:
     (stage,) = plan.stages.values()
-    return _StageRun(client, "id", stage, plan.storage)
+    return StageRun(client, "id", stage, plan.storage)
 
 
 def test_every_step_is_sent_once_whatever_the_server_does(plan: Plan) -> None:
@@ -147,11 +147,11 @@ def test_finished_answers_carry_their_score_once(tmp_path: Path) -> None:
     (block,) = blocks_of(asked)
     write_block(store, block, ["7", "7", "7", "8"], [1] * 4)
     journal.append({"step": 4, "asked": 4, "samples_per_s": 2.0})
-    run = _StageRun(client, "id", stage, storage)
+    run = StageRun(client, "id", stage, storage)
     run.send()
     assert {m.key for m in client.sent} == {"samples_per_s"}  # not before it is finished
     store.finish({})
-    for each in (run, run, _StageRun(client, "id", stage, storage)):
+    for each in (run, run, StageRun(client, "id", stage, storage)):
         each.send()
     found = {m.key: m.value for m in client.sent}
     assert len(found) == len(client.sent)
@@ -163,5 +163,5 @@ def test_finished_answers_carry_their_score_once(tmp_path: Path) -> None:
     }
     storage.write(b"torn", *store.parts, "output", "00000.parquet")
     broken = Client()
-    _StageRun(broken, "id", stage, storage).send()
+    StageRun(broken, "id", stage, storage).send()
     assert "is damaged" in broken.tags["mlflow.note.content"]

@@ -57,13 +57,10 @@ class JournalReader:
 
     def new_lines(self) -> list[Line]:
         """Returns the lines written since the last call, oldest first, repeated steps included."""
-        names = [
-            name
-            for name in self._stage.storage.names(*self._stage.parts, "journal")
-            if name.endswith(".jsonl") and not name.startswith(".") and name not in self._seen
-        ]
         lines: list[Line] = []
-        for name in names:
+        for name in _segments(self._stage):
+            if name in self._seen:
+                continue
             text = self._stage.storage.read(*self._stage.parts, "journal", name).decode()
             attempt = name.split("-", 1)[0]
             lines += [json.loads(row) | {"attempt": attempt} for row in text.splitlines()]
@@ -77,3 +74,22 @@ def read_steps(stage: StageStore) -> list[Line]:
     for line in JournalReader(stage).new_lines():
         by_step[line["step"]] = by_step.get(line["step"], {}) | line
     return [by_step[step] for step in sorted(by_step)]
+
+
+def span(stage: StageStore) -> tuple[float, float] | None:
+    """Returns when the first attempt began and when the last line was written.
+
+    In seconds since 1970, without reading more than one segment; None where there is no line.
+    """
+    names = _segments(stage)
+    if not names:
+        return None
+    text = stage.storage.read(*stage.parts, "journal", names[-1]).decode()
+    last = json.loads(text.splitlines()[-1]).get("time", 0.0)
+    return int(names[0].split("-", 1)[0]) / 1e9, float(last)
+
+
+def _segments(stage: StageStore) -> list[str]:
+    """Lists the names of a journal's segments, oldest first."""
+    names = stage.storage.names(*stage.parts, "journal")
+    return [name for name in names if name.endswith(".jsonl") and not name.startswith(".")]

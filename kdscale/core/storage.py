@@ -73,6 +73,18 @@ class Storage:
             raise StorageError(f"cannot list {self.url(*parts)}: {error}") from error
         return sorted(str(name).rstrip("/").rsplit("/", 1)[-1] for name in found)
 
+    def sizes(self, *parts: str) -> dict[str, int]:
+        """Returns {base name: bytes} of the files in a directory; an absent one is empty."""
+        self.fs.invalidate_cache()
+        try:
+            found = self.fs.ls(self.path(*parts), detail=True)
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise StorageError(f"cannot list {self.url(*parts)}: {error}") from error
+        files = [entry for entry in found if entry["type"] == "file"]
+        return {entry["name"].rsplit("/", 1)[-1]: int(entry["size"]) for entry in files}
+
     def read(self, *parts: str) -> bytes:
         """Reads a whole file."""
         try:

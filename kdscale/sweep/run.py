@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
@@ -15,9 +15,11 @@ from kdscale.sweep.chosen import is_left, split
 from kdscale.sweep.grid import Sweep
 from kdscale.sweep.plan import Plan
 from kdscale.sweep.progress import Follower, Progress, print_plan
-from kdscale.sweep.render import print_report, write_html
+from kdscale.sweep.render import print_report
 from kdscale.sweep.report import build_report
-from kdscale.sweep.tracking import Mirror, Tracker, default_tracking_uri, viewing
+from kdscale.sweep.report_files import write_files
+from kdscale.sweep.tracked_facts import trial_scores
+from kdscale.sweep.tracking import Mirror, Tracker, address, default_tracking_uri, viewing
 from kdscale.sweep.tree import rounded
 
 
@@ -64,7 +66,7 @@ def execute(
     prepare(plan, progress.say)
 
     def connect() -> list[Tracker]:
-        return [Tracker(uri, sweep.name, plan) for sweep in sweeps]
+        return [Tracker(uri, s.name, plan, command, s.question) for s in sweeps]
 
     with Follower(plan, progress), Mirror(connect) as mirror, budget:
         failures = run_plan(alone)
@@ -74,8 +76,10 @@ def execute(
             failures += run_search(plan, sweep, progress.say, lambda: bool(budget.reason))
     if limits:
         progress.say(f"used about {rounded(budget.hours)} {budget.unit}")
-    _publish(plan, sweeps, mirror, console, command)
+    pages = _publish(plan, sweeps, mirror, console, command)
     _print_place(console, "look", viewing(uri))
+    for page in pages:
+        _print_place(console, "table", address(uri, page))
     raise_failures(stopped_apart(failures, budget.reason))
     budget.raise_if_stopped()
 
@@ -88,19 +92,21 @@ def check_inputs(plan: Plan) -> None:
 
 def _publish(
     plan: Plan, sweeps: Sequence[Sweep], mirror: Mirror, console: Console, command: str
-) -> None:
-    """Writes each sweep's report, locally and to MLflow."""
+) -> list[str]:
+    """Writes each sweep's report, locally and to MLflow, and returns MLflow's pages of them."""
+    pages: list[str] = []
     for sweep in sweeps:
         report = build_report(plan, [sweep], command=command)
+        scores = trial_scores(report, sweep.name)
         print_report(report, console)
         with tempfile.TemporaryDirectory() as scratch:
-            path = os.path.join(scratch, "report.html")
-            write_html(report, plan, path)
-            name = ("reports", sweep.name, "report.html")
-            with open(path, "rb") as file:
-                plan.storage.write(file.read(), *name)
-            _print_place(console, "report", plan.storage.url(*name))
-            mirror.publish(sweep.name, {"report": path})
+            files = write_files(report, plan, scratch)
+            for name, path in files.items():
+                plan.storage.write(Path(path).read_bytes(), "reports", sweep.name, name)
+            place = plan.storage.url("reports", sweep.name, "report.html")
+            _print_place(console, "report", place)
+            pages.append(mirror.publish(sweep.name, files, scores))
+    return [page for page in pages if page]
 
 
 def _print_place(console: Console, name: str, place: str) -> None:

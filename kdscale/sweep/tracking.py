@@ -1,4 +1,4 @@
-"""MLflow: one experiment a sweep, one run a stage, every step once.
+"""MLflow: one experiment a sweep, runs for it, its trials and their stages, every step once.
 
 The journal in the stage's directory is the truth; MLflow is a view of it. A run is looked up by
 its key before it is created, and a step is sent only if the run does not have it, so killed and
@@ -11,42 +11,54 @@ nothing is lost: the next synchronisation sends what is missing.
 # (MLflow carries too few types for strict checking)
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
 import shlex
 import shutil
 import sys
-import tempfile
 import threading
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from pydantic import BaseModel
-
-from kdscale.core.answers_config import Answers
-from kdscale.core.config import Distill
-from kdscale.core.journal import JournalReader, Line, read_steps
 from kdscale.core.stopping import stopped
 from kdscale.core.storage import Storage
-from kdscale.core.types import DataError, StorageError, UnfinishedStage
-from kdscale.core.vlm_config import VlmStage
-from kdscale.sweep.benchmark_outcomes import score_metrics
-from kdscale.sweep.plan import Plan, Stage
+from kdscale.core.types import StorageError
+from kdscale.sweep.plan import Plan, PlannedTrial, Stage
+from kdscale.sweep.tracked import (
+    FAILED,
+    FINISHED,
+    STOPPED,
+    StageRun,
+    TrialRun,
+    ended_ms,
+    log_dataset,
+    log_params,
+    started_ms,
+)
+from kdscale.sweep.tracked_facts import (
+    curve,
+    dataset_of,
+    distilled,
+    stage_tags,
+    trial_document,
+    trial_params,
+    trial_tags,
+)
+from kdscale.sweep.tracked_views import NOTE_TAG, experiment_tags, runs_page
 
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 logger = logging.getLogger(__name__)
-KEY_TAG = "kdscale.key"
-SWEEP_TAG = "kdscale.sweep"
-TAGS = ("student", "teacher", "loss", "vision", "llm", "template", "a", "b", "tap", "images")
-NOT_METRICS = {"step", "epoch", "ids", "attempt", "shards", "questions", "asked", "time"}
-SMALL_MODEL_BYTES = 64 * 2**20
-MAX_METRICS_PER_CALL = 1000  # the server's limit
+KEY_TAG, TRIAL_TAG, SWEEP_TAG = "kdscale.key", "kdscale.trial", "kdscale.sweep"
+CREATED_TAG = "kdscale.created"
+PARENT_TAG = "mlflow.parentRunId"
+UNFOLDED = {"mlflow.runType": "evaluation"}  # MLflow's pages open the parents of such runs
+MAX_NAME = 250  # of a run, in MLflow's tables
+LOCAL_UI = "http://127.0.0.1:5000"
 
 
 def default_tracking_uri(storage: Storage) -> str:
@@ -77,53 +89,97 @@ def viewing(uri: str) -> str:
     return shlex.join([program, "ui", "--backend-store-uri", redacted(uri)])
 
 
+def address(uri: str, page: str) -> str:
+    """Returns where a page is opened: on the server, or on the one that `viewing` starts."""
+    server = redacted(uri).rstrip("/") if uri.startswith(("http://", "https://")) else LOCAL_UI
+    return f"{server}/{page}"
+
+
 class Tracker:
-    """Writes one sweep's runs.
+    """Writes one sweep's runs: its own, below it the trials', below these their stages'.
+
+    A stage that several trials go through belongs to the one whose outcome it is, else to the
+    sweep's own run.
 
     Args:
         uri: MLflow tracking URI.
         sweep: The sweep's name, also the experiment's.
         plan: What is run; only stages of this sweep's trials are tracked.
+        command: What runs the sweep, for people.
+        question: What the sweep asks, for people.
     """
 
-    def __init__(self, uri: str, sweep: str, plan: Plan) -> None:
+    def __init__(
+        self, uri: str, sweep: str, plan: Plan, command: str = "kdscale run", question: str = ""
+    ) -> None:
         from mlflow import MlflowClient
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         self._client = MlflowClient(tracking_uri=uri)
         self.sweep, self._plan = sweep, plan
-        self._experiment = self._find_experiment(uri)
-        self._parent = self._find_or_create({SWEEP_TAG: sweep}, sweep, {})
-        self._stages: dict[str, _StageRun] = {}
+        self._experiment = self._find_experiment(uri, f"{question.strip()}\n\n    {command}")
+        self._parent = self._find_or_create({SWEEP_TAG: sweep}, sweep, {"level": "sweep"}, None)
+        self._stages: dict[str, StageRun] = {}
+        self._parents: dict[str, str] = {}
+        self._trials: dict[str, TrialRun] = {}
 
     @property
     def parent_run_id(self) -> str:
         """The sweep's own run."""
         return self._parent
 
+    @property
+    def page(self) -> str:
+        """The table of trials, below a server's address."""
+        return runs_page(self._experiment)
+
     def sync(self) -> None:
         """Sends what the journals hold and MLflow lacks."""
-        for stage in self._own_stages():
-            run = self._stages.get(stage.key)
+        trials = self._own_trials()
+        users: dict[str, list[PlannedTrial]] = {}
+        for trial in trials:
+            for key in trial.path:
+                users.setdefault(key, []).append(trial)
+        for key, through in users.items():
+            stage = self._plan.stages[key]
+            run = self._stages.get(key)
+            if run is None and not stage.store(self._plan.storage).has_started():
+                continue
+            owner = through[0] if len(through) == 1 else _whose_outcome(through, key)
+            parent = self._parent if owner is None else self._trial(owner, stage).run_id
             if run is None:
-                if not stage.store(self._plan.storage).has_started():
-                    continue
-                run = self._stages[stage.key] = self._open(stage)
-            run.send()
+                run = self._stages[key] = self._open(stage, parent, owner)
+            self._move(run, parent)
+            run.sync()
+        for trial in trials:
+            self._sync_trial(trial)
 
-    def close(self, files: Mapping[str, str] | None = None) -> None:
+    def close(
+        self,
+        files: Mapping[str, str] | None = None,
+        scores: Mapping[str, Mapping[str, float]] | None = None,
+    ) -> None:
         """Sends the rest, ends all runs and attaches the report; nothing may run any more.
 
         Args:
             files: {artifact name: local path} for the sweep's own run.
+            scores: {trial's name: {metric: value}}.
         """
         self.sync()
         for run in self._stages.values():
-            run.end()
+            if run.status is None:
+                run.end()
+        for trial in self._own_trials():
+            run = self._trials.get(trial.student)
+            if run is not None:
+                if run.status is None:
+                    self._end_trial(trial, run)
+                run.score((scores or {}).get(trial.trial.name, {}))
         for path in (files or {}).values():
             self._client.log_artifact(self._parent, path, "report")
-        complete = all(self._has_ended(stage) for stage in self._own_stages())
-        self._client.set_terminated(self._parent, "FINISHED" if complete else "FAILED")
+        status = FINISHED if all(map(self._has_ended, self._own_stages())) else FAILED
+        if self._client.get_run(self._parent).info.status != status:
+            self._client.set_terminated(self._parent, status)
 
     def _has_ended(self, stage: Stage) -> bool:
         """Tells whether a stage is finished, or it or one of its inputs was stopped early."""
@@ -132,146 +188,139 @@ class Tracker:
         needed = [self._plan.stages[key] for key in stage.inputs]
         return any(stopped(s.store(self._plan.storage)) for s in [stage, *needed])
 
+    def _own_trials(self) -> list[PlannedTrial]:
+        """Returns this sweep's trials; of those that are one and the same student, the first."""
+        own: dict[str, PlannedTrial] = {}
+        for trial in self._plan.trials:
+            if trial.sweep == self.sweep:
+                own.setdefault(trial.student, trial)
+        return list(own.values())
+
     def _own_stages(self) -> list[Stage]:
         """Returns the stages of this sweep's trials."""
         own = {key for t in self._plan.trials if t.sweep == self.sweep for key in t.path}
         return [stage for stage in self._plan.stages.values() if stage.key in own]
 
-    def _find_experiment(self, uri: str) -> str:
+    def _find_experiment(self, uri: str, about: str) -> str:
+        """Returns the sweep's experiment, with the tags that its pages go by."""
         name = f"kdscale/{self.sweep}"
         found = self._client.get_experiment_by_name(name)
-        if found is not None:
-            return found.experiment_id
-        location = None
-        if uri.startswith("sqlite:///"):
-            location = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
-        return self._client.create_experiment(name, artifact_location=location)
+        if found is None:
+            location = None
+            if uri.startswith("sqlite:///"):
+                location = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
+            self._client.create_experiment(name, artifact_location=location)
+            found = self._client.get_experiment_by_name(name)
+        assert found is not None
+        tags = experiment_tags(
+            found.experiment_id, self._own_trials(), about, found.creation_time or 0
+        )
+        for tag, value in tags.items():
+            is_theirs = tag == NOTE_TAG and tag in found.tags  # a description may be edited
+            if found.tags.get(tag) != value and not is_theirs:
+                self._client.set_experiment_tag(found.experiment_id, tag, value)
+        return found.experiment_id
 
-    def _find_or_create(self, identity: dict[str, str], name: str, tags: dict[str, str]) -> str:
+    def _find_or_create(
+        self, identity: dict[str, str], name: str, tags: dict[str, str], start_ms: int | None
+    ) -> str:
         """Returns the run with these tags, creating it at most once."""
         found = self._oldest(identity)
         if found is not None:
             return found
-        own = self._client.create_run(self._experiment, run_name=name, tags={**tags, **identity})
+        common = {
+            "sweep": self.sweep,
+            "mlflow.source.name": f"kdscale run {self.sweep}",
+            "mlflow.source.type": "LOCAL",
+            CREATED_TAG: str(time.time_ns()),
+        }
+        own = self._client.create_run(
+            self._experiment, start_ms, {**common, **tags, **identity}, name[:MAX_NAME]
+        )
         kept = self._oldest(identity) or own.info.run_id
         if kept != own.info.run_id:  # another driver was as quick
             self._client.delete_run(own.info.run_id)
         return kept
 
     def _oldest(self, identity: dict[str, str]) -> str | None:
-        """Returns the first run with these tags, the same one for all who ask."""
+        """Returns the run with these tags that was created first, the same for all who ask."""
         query = " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in identity.items())
         found = self._client.search_runs([self._experiment], query)
-        runs = sorted((run.info.start_time, run.info.run_id) for run in found)
+        runs = sorted((int(run.data.tags.get(CREATED_TAG, 0)), run.info.run_id) for run in found)
         return runs[0][1] if runs else None
 
-    def _open(self, stage: Stage) -> _StageRun:
-        recipe = stage.recipe
+    def _open(self, stage: Stage, parent: str, owner: PlannedTrial | None) -> StageRun:
+        """Finds or creates a stage's run."""
+        store = stage.store(self._plan.storage)
+        whose = {} if owner is None else trial_tags(trial_params(owner, self._plan))
         tags = {
-            "mlflow.parentRunId": self._parent,
-            "sweep": self.sweep,
+            "level": "stage",
             "stage": stage.kind,
             "inputs": ",".join(stage.inputs),
             "scale": self._plan.scale.name,
-            **{field: _name(getattr(recipe, field)) for field in TAGS if hasattr(recipe, field)},
-            "storage": stage.store(self._plan.storage).url(),
+            **stage_tags(stage.recipe),
+            **whose,
+            PARENT_TAG: parent,
+            "storage": store.url(),
         }
-        run_id = self._find_or_create({KEY_TAG: stage.key}, f"{stage.kind}: {stage.name}", tags)
-        return _StageRun(self._client, run_id, stage, self._plan.storage)
+        name = f"{stage.kind}: {stage.name}"
+        run_id = self._find_or_create({KEY_TAG: stage.key}, name, tags, started_ms(store))
+        known = self._client.get_run(run_id).data.tags
+        self._parents[stage.key] = known.get(PARENT_TAG, "")
+        return StageRun(self._client, run_id, stage, self._plan.storage)
 
+    def _move(self, run: StageRun, parent: str) -> None:
+        """Moves a stage's run below another one: a trial may have come that shares the stage."""
+        if self._parents[run.stage.key] != parent:
+            self._client.set_tag(run.run_id, PARENT_TAG, parent)
+            self._parents[run.stage.key] = parent
 
-class _StageRun:
-    """Mirrors one stage's journal into its run."""
+    def _trial(self, trial: PlannedTrial, stage: Stage) -> TrialRun:
+        """Finds or creates a trial's run, of which a stage has begun."""
+        found = self._trials.get(trial.student)
+        if found is not None:
+            return found
+        params = trial_params(trial, self._plan)
+        tags = {"level": "trial", PARENT_TAG: self._parent, **UNFOLDED, **trial_tags(params)}
+        start = started_ms(stage.store(self._plan.storage))
+        run_id = self._find_or_create({TRIAL_TAG: trial.student}, trial.trial.name, tags, start)
+        run = self._client.get_run(run_id)
+        log_params(self._client, run_id, run.data.params, params)
+        log_dataset(self._client, run, dataset_of(trial, self._plan))
+        if run.info.status in (FAILED, STOPPED):
+            self._client.update_run(run_id, "RUNNING")
+        self._trials[trial.student] = TrialRun(self._client, run_id)
+        return self._trials[trial.student]
 
-    def __init__(self, client: Any, run_id: str, stage: Stage, storage: Storage) -> None:
-        self._client, self._run_id, self._stage = client, run_id, stage
-        self._store = stage.store(storage)
-        self._reader = JournalReader(self._store)
-        learns = isinstance(stage.recipe, Distill | VlmStage)
-        self._marker = "loss" if learns else "samples_per_s"
-        self._unsent: list[Line] = []
-        self._may_score = isinstance(stage.recipe, Answers)
-        self._log_params()
-        run = client.get_run(run_id)
-        if run.info.status in ("FAILED", "KILLED") and not self._store.is_done():
-            client.update_run(run_id, "RUNNING")
-
-    def send(self) -> None:
-        """Sends new lines, keeping them for the next time where the server refuses."""
-        self._unsent += self._reader.new_lines()
-        self._send_lines()
-        if self._may_score and self._store.is_done():
-            self._send_score()
-            self._may_score = False
-
-    def _send_lines(self) -> None:
-        """Sends the lines that the run lacks."""
-        if not self._unsent:
+    def _sync_trial(self, trial: PlannedTrial) -> None:
+        """Sends what the journal of its distillation says, and ends it with its last stage."""
+        if trial.key not in self._stages and trial.student not in self._trials:
             return
-        history = self._client.get_metric_history(self._run_id, self._marker)
-        lines = unsent(self._unsent, {metric.step for metric in history})
-        for metrics in in_calls(lines):
-            self._client.log_batch(self._run_id, metrics=metrics)
-        self._unsent = []
-
-    def _send_score(self) -> None:
-        """Sends the score of finished answers, unless the run has it; or says why there is none."""
-        from mlflow.entities import Metric
-
-        if self._client.get_metric_history(self._run_id, "score"):
+        run = self._trial(trial, self._plan.stages[trial.key])
+        if run.status is not None:
             return
-        recipe = self._stage.recipe
-        assert isinstance(recipe, Answers)
-        try:
-            found = score_metrics(recipe, self._store)
-        except (DataError, StorageError, UnfinishedStage) as error:
-            self._client.set_tag(self._run_id, "mlflow.note.content", f"no score: {error}")
-            return
-        steps = read_steps(self._store)
-        at, step = (int(1000 * steps[-1]["time"]), steps[-1]["step"]) if steps else (0, 0)
-        metrics = [Metric(name, value, at, step) for name, value in found.items()]
-        self._client.log_batch(self._run_id, metrics=metrics)
+        found = distilled(trial, self._plan)
+        trained = found and self._stages.get(found[0].key)
+        if found and trained:
+            newest = None if trained.status == FINISHED else trained.epoch
+            run.plot(curve(trained.evaluations.values(), found[1], newest))
+        stages = [self._stages.get(key) for key in trial.path]
+        if all(stage is not None and stage.status == FINISHED for stage in stages):
+            self._end_trial(trial, run)
 
-    def end(self) -> None:
-        """Marks the run finished, once, with its outputs attached; or failed."""
-        if not self._store.is_done():
-            note = stopped(self._store)
-            if note is not None:
-                words = f"stopped early at step {note['step']}: {note['reason']}"
-                self._client.set_tag(self._run_id, "mlflow.note.content", words)
-                self._client.set_terminated(self._run_id, "KILLED")
-                return
-            failure = self._store.failure()
-            if failure is not None:
-                self._client.set_tag(self._run_id, "mlflow.note.content", failure["message"])
-            self._client.set_terminated(self._run_id, "FAILED")
-            return
-        run = self._client.get_run(self._run_id)
-        if run.info.status == "FINISHED":
-            return
-        self._log_outputs()
-        self._client.set_terminated(self._run_id, "FINISHED")
+    def _end_trial(self, trial: PlannedTrial, run: TrialRun) -> None:
+        """Ends a trial as its stages have ended."""
+        stages = [self._stages.get(key) for key in trial.path]
+        ends = {stage.status if stage else None for stage in stages}
+        status = FINISHED if ends == {FINISHED} else STOPPED if STOPPED in ends else FAILED
+        notes = [f"{s.stage.kind}: {s.note}" for s in stages if s is not None and s.note]
+        outcome = self._plan.stages[trial.key].store(self._plan.storage)
+        run.end(status, "; ".join(notes), ended_ms(outcome), trial_document(trial, self._plan))
 
-    def _log_params(self) -> None:
-        from mlflow.entities import Param
 
-        known = self._client.get_run(self._run_id).data.params
-        flat = flatten(self._stage.recipe)
-        params = [Param(k, v) for k, v in flat.items() if k not in known]
-        for start in range(0, len(params), 90):
-            self._client.log_batch(self._run_id, params=params[start : start + 90])
-
-    def _log_outputs(self) -> None:
-        with tempfile.TemporaryDirectory() as scratch:
-            path = os.path.join(scratch, "stage.json")
-            Path(path).write_text(json.dumps(self._store.record(), indent=2, sort_keys=True))
-            self._client.log_artifact(self._run_id, path)
-        storage = self._store.storage
-        with storage.local_directory(*self._store.parts, "output") as directory:
-            for file in sorted(Path(directory).rglob("*")):
-                if file.is_file() and file.stat().st_size <= SMALL_MODEL_BYTES:
-                    target = "/".join(("output", *file.relative_to(directory).parts[:-1]))
-                    self._client.log_artifact(self._run_id, str(file), target)
+def _whose_outcome(trials: Sequence[PlannedTrial], key: str) -> PlannedTrial | None:
+    """Returns the first of a stage's trials of which it is the outcome."""
+    return next((trial for trial in trials if trial.key == key), None)
 
 
 class Mirror:
@@ -297,15 +346,29 @@ class Mirror:
         self._stop.set()
         self._thread.join()
 
-    def publish(self, sweep: str, files: Mapping[str, str]) -> None:
-        """Ends a sweep's finished runs and attaches its report; a lost server is only a warning."""
+    def publish(
+        self, sweep: str, files: Mapping[str, str], scores: Mapping[str, Mapping[str, float]]
+    ) -> str:
+        """Ends a sweep's finished runs and attaches its report; a lost server is only a warning.
+
+        Args:
+            sweep: Its name.
+            files: {artifact name: local path}.
+            scores: {trial's name: {metric: value}}.
+
+        Returns:
+            The page of the sweep's trials below the server's address; empty where it is lost.
+        """
+        page = ""
         try:
             for tracker in self._connected():
                 if tracker.sweep == sweep:
-                    tracker.close(files)
+                    tracker.close(files, scores)
+                    page = tracker.page
         except Exception as error:
             reason = redacted(str(error))
             logger.warning("MLflow is not reachable, the report stays in storage: %s", reason)
+        return page
 
     def _connected(self) -> list[Tracker]:
         """Returns the trackers, connecting if that has not worked yet."""
@@ -328,56 +391,3 @@ class Mirror:
                 reason = redacted(str(error))
                 logger.warning("MLflow is not reachable, metrics wait in storage: %s", reason)
             self._warned = True
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, str]:
-    """Flattens a recipe into MLflow params: dotted names, at most 500 characters a value."""
-    if isinstance(value, BaseModel):
-        value = {name: getattr(value, name) for name in type(value).model_fields}
-    if isinstance(value, Mapping):
-        flat: dict[str, str] = {}
-        for name, item in value.items():
-            flat |= flatten(item, f"{prefix}.{name}" if prefix else str(name))
-        return flat
-    return {prefix: (_name(value) if callable(value) else str(value))[:500]}
-
-
-def unsent(lines: Iterable[Line], known: Container[int]) -> list[Line]:
-    """Returns one line for each step that is not known yet, the first where it was repeated."""
-    first: dict[int, Line] = {}
-    for line in lines:
-        if line["step"] not in known:
-            first.setdefault(line["step"], line)
-    return list(first.values())
-
-
-def in_calls(lines: Iterable[Line]) -> Iterator[list[Any]]:
-    """Translates lines to metrics, as many a call as the server takes.
-
-    All of a step's metrics go in one call, so in one transaction.
-    """
-    call: list[Any] = []
-    for metrics in map(_metrics, lines):
-        if call and len(call) + len(metrics) > MAX_METRICS_PER_CALL:
-            yield call
-            call = []
-        call += metrics
-    if call:
-        yield call
-
-
-def _metrics(line: Line) -> list[Any]:
-    """Translates a journal line; its own time makes a second sending the same metric."""
-    from mlflow.entities import Metric
-
-    at = int(1000 * line.get("time", 0))
-    names = {"total": "loss"}
-    terms = {k: v for k, v in line.items() if k not in NOT_METRICS}
-    return [Metric(names.get(k, k), float(v), at, line["step"]) for k, v in terms.items()]
-
-
-def _name(value: Any) -> str:
-    """Returns a short name of a recipe value."""
-    if isinstance(value, Mapping):
-        return "+".join(f"{v:g} {k}" for k, v in value.items())
-    return str(getattr(value, "name", None) or getattr(value, "__qualname__", None) or value)
