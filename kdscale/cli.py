@@ -17,6 +17,7 @@ from rich.console import Console
 from kdscale.cli_bench import bench
 from kdscale.cli_cka import cka
 from kdscale.cli_data import data_app
+from kdscale.cli_doctor import doctor
 from kdscale.cli_evaluate import evaluate
 from kdscale.cli_export import export
 from kdscale.cli_plan import (
@@ -343,6 +344,7 @@ app.command("report")(sweep_command(show_report))
 app.command("findings")(sweep_command(show_findings))
 app.command("status")(sweep_command(show_status))
 app.command("gc")(sweep_command(collect_garbage))
+app.command("doctor")(doctor)
 app.command("export")(export)
 app.command("evaluate")(evaluate)
 app.command("cka")(cka)

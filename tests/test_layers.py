@@ -24,6 +24,7 @@ LAYERS = {
     "cli_bench": 4,
     "cli_cka": 4,
     "cli_data": 4,
+    "cli_doctor": 4,
     "cli_evaluate": 4,
     "cli_export": 4,
     "cli_plan": 4,
@@ -35,6 +36,7 @@ LAYERS = {
 }
 UPWARD = {("sweep/grid.py", "cli")}  # `sweep.main()` makes a sweep file a program
 RAY_FILES = {
+    "sweep/doctor.py",
     "sweep/schedule.py",
     "sweep/search.py",
     "sweep/steer.py",

@@ -1,0 +1,259 @@
+"""Is a cluster fit for sweeps: every node examined, their versions and clocks compared.
+
+Where Ray is not connected to a cluster, this machine is the cluster.
+"""
+
+# pyright: basic
+# (Ray carries too few types for strict checking)
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from kdscale.core.storage import Storage
+from kdscale.sweep.node_checks import Check, Node, examine, guarded, read_marks, versions
+from kdscale.sweep.schedule import start_ray
+
+MAX_SKEW_S = 5.0
+TASK_TIMEOUT_S = 120.0
+VALUE = 3.0
+SIGNS = {True: "[green]ok[/]", False: "[bold red]no[/]", None: "[dim]-[/]"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """What is known of a cluster.
+
+    Attributes:
+        nodes: One each, or what went wrong with it.
+        across: Checks between nodes.
+    """
+
+    nodes: tuple[Node, ...]
+    across: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        every = [*self.across, *(check for node in self.nodes for check in node.checks)]
+        return all(check.ok is not False for check in every)
+
+    def document(self) -> dict[str, Any]:
+        """Returns it as JSON."""
+        return {
+            "ok": self.ok,
+            "nodes": [
+                {
+                    "host": node.host,
+                    "versions": dict(node.versions),
+                    "checks": [vars(check) for check in node.checks],
+                }
+                for node in self.nodes
+            ],
+            "across": [vars(check) for check in self.across],
+        }
+
+
+def diagnose(storage: str, tracking_uri: str | None) -> Diagnosis:
+    """Examines every node of the cluster, and what lies between them.
+
+    Args:
+        storage: Root of the stage store; a relative path means that of the driver.
+        tracking_uri: MLflow's, None where nothing is to be asked.
+    """
+    start_ray()
+    root = Storage(storage).root
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    examined = {
+        node["NodeID"]: _on(node).remote(
+            examine, root, tracking_uri, wants_gpu=bool(node["Resources"].get("GPU"))
+        )
+        for node in alive
+    }
+    nodes = [_answer(examined[node["NodeID"]], node) for node in alive]
+    marks = [node.mark for node in nodes if node.mark]
+    nodes = [
+        _reads_others(node, ray_node, root, marks)
+        for node, ray_node in zip(nodes, alive, strict=True)
+    ]
+    Storage(root).remove("doctor")
+    across = (
+        compare_versions(nodes),
+        guarded("clocks", lambda: compare_clocks(clocks(alive))),
+        guarded("all-reduce", lambda: check_all_reduce(alive)),
+    )
+    return Diagnosis(nodes=tuple(nodes), across=across)
+
+
+def _on(node: dict[str, Any]) -> Any:
+    """Returns a remote function that calls another one on a node."""
+
+    def call(function: Any, *args: Any, **options: Any) -> Any:
+        return function(*args, **options)
+
+    place: Any = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=place)(call)
+
+
+def _answer(task: Any, node: dict[str, Any]) -> Node:
+    """Waits for a node's answer; an error is what was found."""
+    try:
+        return ray.get(task, timeout=TASK_TIMEOUT_S)
+    except Exception as error:
+        last = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        check = Check(
+            name="answers",
+            ok=False,
+            found=last,
+            advice="is the same environment installed there? `ray status` shows the node",
+        )
+        host = node.get("NodeManagerHostname", "?")
+        return Node(host=host, time=0.0, versions={}, checks=(check,))
+
+
+def _reads_others(node: Node, ray_node: dict[str, Any], root: str, marks: list[str]) -> Node:
+    """Adds to a node's checks whether it sees what the others have written."""
+    if not node.mark:
+        return node
+    others = [mark for mark in marks if mark != node.mark]
+    missing = ray.get(_on(ray_node).remote(read_marks, root, others), timeout=TASK_TIMEOUT_S)
+    if not others:
+        check = Check(name="sees others' files", ok=None, found="no other node")
+    elif missing:
+        found = f"{len(missing)} of {len(others)} not"
+        advice = "--storage must be one place for all nodes: a shared mount, or s3://"
+        check = Check(name="sees others' files", ok=False, found=found, advice=advice)
+    else:
+        check = Check(name="sees others' files", ok=True, found=f"of {len(others)}")
+    return replace(node, checks=(*node.checks, check))
+
+
+def compare_versions(nodes: Sequence[Node]) -> Check:
+    """Compares every node's packages with this process's."""
+    own, wrong = versions(), []
+    for node in nodes:
+        for name, have in node.versions.items():
+            if have != own.get(name, ""):
+                wrong.append(f"{node.host}: {name} {have or 'absent'}, here {own[name]}")
+    if wrong:
+        shown = "; ".join(wrong[:4]) + (f"; {len(wrong) - 4} more" if len(wrong) > 4 else "")
+        advice = "install requirements.lock on every node"
+        return Check(name="versions", ok=False, found=shown, advice=advice)
+    told = f"python {own['python']}, torch {own['torch']}, ray {own['ray']} everywhere"
+    return Check(name="versions", ok=True, found=told)
+
+
+def clocks(alive: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Returns how far each node's clock is off ours at least; what lies on the way is left out."""
+    skews: dict[str, float] = {}
+    for node in alive:
+        began = time.time()
+        theirs: Any = ray.get(_on(node).remote(time.time), timeout=TASK_TIMEOUT_S)
+        name = f"{node.get('NodeManagerHostname', '?')} ({node['NodeManagerAddress']})"
+        skews[name] = max(began - theirs, theirs - time.time(), 0.0)
+    return skews
+
+
+def compare_clocks(skews: Mapping[str, float]) -> Check:
+    """Tells whether a clock is too far off."""
+    worst = max(skews, key=lambda name: skews[name])
+    ok = skews[worst] <= MAX_SKEW_S
+    found = (
+        f"none off by more than {skews[worst]:.1f} s"
+        if ok
+        else (f"{worst} is off by {skews[worst]:.0f} s")
+    )
+    advice = "" if ok else "run chrony or ntpd there: object stores refuse requests of other times"
+    return Check(name="clocks", ok=ok, found=found, advice=advice)
+
+
+def check_all_reduce(alive: Sequence[dict[str, Any]]) -> Check:
+    """Sums a tensor over two processes, on two nodes where there are two."""
+    nodes = [*alive, *alive][:2] if len(alive) == 1 else list(alive[:2])
+    on_gpus = all(node["Resources"].get("GPU") for node in nodes) and len(alive) > 1
+    backend = "nccl" if on_gpus else "gloo"
+    host, port = ray.get(_on(nodes[0]).remote(_address), timeout=TASK_TIMEOUT_S)
+    tasks = [
+        _on(node)
+        .options(num_gpus=1 if on_gpus else 0)
+        .remote(_sum, backend, f"tcp://{host}:{port}", rank)
+        for rank, node in enumerate(nodes)
+    ]
+    sums = ray.get(tasks, timeout=TASK_TIMEOUT_S)
+    where = "between two nodes" if len(alive) > 1 else "between two processes of the only node"
+    ok = sums == [VALUE, VALUE]
+    return Check(
+        name="all-reduce",
+        ok=ok,
+        found=f"{backend} {where}",
+        advice="" if ok else "open all ports between the nodes, and set NCCL_SOCKET_IFNAME",
+    )
+
+
+def _address() -> tuple[str, int]:
+    """Returns this node's address, and a port that is free now."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return ray.util.get_node_ip_address(), free.getsockname()[1]
+
+
+def _sum(backend: str, url: str, rank: int) -> float:
+    """Takes part in a sum of 1 and 2."""
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    timeout = timedelta(seconds=TASK_TIMEOUT_S / 2)
+    dist.init_process_group(backend, init_method=url, rank=rank, world_size=2, timeout=timeout)
+    try:
+        device = "cuda" if backend == "nccl" else "cpu"
+        tensor = torch.tensor([float(rank + 1)], device=device)
+        dist.all_reduce(tensor)
+        return float(tensor[0])
+    finally:
+        dist.destroy_process_group()
+
+
+def print_diagnosis(found: Diagnosis, console: Console) -> None:
+    """Prints a row for each check, a column for each node, and what to do."""
+    names = list(dict.fromkeys(check.name for node in found.nodes for check in node.checks))
+    table = Table("check", *(escape(node.host) for node in found.nodes), title="Nodes")
+    for name in names:
+        cells = [next((c for c in node.checks if c.name == name), None) for node in found.nodes]
+        table.add_row(name, *(_cell(check) for check in cells))
+    console.print(table)
+    across = Table("check", "found", title="Between them")
+    for check in found.across:
+        across.add_row(check.name, _cell(check))
+    console.print(across)
+    for where, check in _wrong(found):
+        console.print(f"[red]{escape(where)}[/] {check.name}: {escape(check.advice)}")
+    console.print("all well" if found.ok else "[bold red]not fit for sweeps yet[/]")
+
+
+def _cell(check: Check | None) -> str:
+    """Writes a check's sign and what was found."""
+    return "" if check is None else f"{SIGNS[check.ok]} {escape(check.found)}"
+
+
+def _wrong(found: Diagnosis) -> list[tuple[str, Check]]:
+    """Returns the checks that failed, each with where."""
+    every = [(node.host, check) for node in found.nodes for check in node.checks]
+    every += [("cluster", check) for check in found.across]
+    return [(where, check) for where, check in every if check.ok is False]
+
+
+def default_uri() -> str | None:
+    """Returns the MLflow server that runs would use without being told."""
+    return os.environ.get("MLFLOW_TRACKING_URI")
