@@ -24,6 +24,7 @@ from kdscale.sweep.sheet import sheet_figure
 from kdscale.sweep.tracking import default_tracking_uri
 
 RUN = "study.run()"
+WIDTH = 110  # where there is no terminal to ask
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Study:
 
     def show_plan(self, console: Console | None = None) -> None:
         """Prints the plan."""
-        print_plan(self.plan(), console or Console())
+        print_plan(self.plan(), console or _console())
 
     def run(self, console: Console | None = None) -> None:
         """Runs every stage that is not finished and prints the report.
@@ -77,7 +78,7 @@ class Study:
         execute(
             self.plan(),
             [self.sweep],
-            console=console or Console(),
+            console=console or _console(),
             tracking_uri=self.tracking_uri,
             command=RUN,
         )
@@ -88,7 +89,7 @@ class Study:
 
     def show(self, console: Console | None = None) -> None:
         """Prints the report."""
-        print_report(self.report(), console or Console())
+        print_report(self.report(), console or _console())
 
     def rows(self) -> list[dict[str, Any]]:
         """Returns one flat row a trial, as a data frame takes it; what is not finished is None."""
@@ -115,6 +116,12 @@ class Study:
         if drawn is None:
             raise UnfinishedStage(f"nothing to draw: {plot.absent}. {report.message()}")
         return drawn
+
+
+def _console() -> Console:
+    """Returns a console that writes lines; a notebook would set each apart as an output."""
+    found = Console(force_jupyter=False)
+    return found if found.is_terminal else Console(force_jupyter=False, width=WIDTH)
 
 
 def _flat(row: TrialRow) -> dict[str, Any]:
