@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -119,9 +120,13 @@ class Study:
 
 
 def _console() -> Console:
-    """Returns a console that writes lines; a notebook would set each apart as an output."""
-    found = Console(force_jupyter=False)
-    return found if found.is_terminal else Console(force_jupyter=False, width=WIDTH)
+    """Returns a console that writes plain lines where nobody sits at a terminal.
+
+    A notebook would set each line apart as an output, and its kernel asks for colours.
+    """
+    if sys.stdout.isatty():
+        return Console()
+    return Console(force_jupyter=False, force_terminal=False, width=WIDTH)
 
 
 def _flat(row: TrialRow) -> dict[str, Any]:
