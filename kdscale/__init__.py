@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kdscale.core.vlm_config import LanguageModelSpec, Lora, QuestionsSpec, Vlm
     from kdscale.sweep.grid import Pivot, Sweep, choose, product, zipped
     from kdscale.sweep.search import Search
+    from kdscale.sweep.study import Study
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Pretrained",
     "QuestionsSpec",
     "Search",
+    "Study",
     "Sweep",
     "TowerSpec",
     "Vlm",
@@ -40,6 +42,7 @@ __all__ = [
     "zipped",
 ]
 _SWEEP = {"Pivot", "Sweep", "choose", "product", "zipped"}
+_OWN_FILE = {"Search": "sweep.search", "Study": "sweep.study"}
 _VLM = {"LanguageModelSpec", "Lora", "QuestionsSpec", "Vlm"}
 
 
@@ -48,5 +51,4 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'kdscale' has no attribute {name!r}")
     home = "sweep.grid" if name in _SWEEP else "core.vlm_config" if name in _VLM else "core.config"
-    home = "sweep.search" if name == "Search" else home
-    return getattr(import_module(f"kdscale.{home}"), name)
+    return getattr(import_module(f"kdscale.{_OWN_FILE.get(name, home)}"), name)

@@ -69,22 +69,16 @@ def cka(
 ) -> None:
     """Compare two models by linear CKA on any images: final layers, or all with a heat map."""
     with guarded():
-        from kdscale.models.named import resolve
-        from kdscale.stages.by_shard import device_for
-        from kdscale.stages.loop import check_precision
-
-        check_precision(precision.value, device_for(None).type)
-        store = Storage(storage)
         recipe = Cka(
-            a=resolve(a, store),
-            b=resolve(b, store),
+            a=a,
+            b=b,
             images=DataSpec(name=images, urls=images),
             tap=tap.value,
             layers=_layers(layers),
             precision=precision.value,
             n=n,
         )
-        outcome = _compare(recipe, store, as_json)
+        outcome = _compare(recipe, Storage(storage), as_json)
         written = _write(outcome, out)
         if as_json:
             print(json.dumps(outcome.document() | {"files": written}, indent=2))
@@ -103,12 +97,10 @@ def _layers(text: str) -> Any:
 
 def _compare(recipe: Cka, store: Storage, as_json: bool) -> CkaOutcome:
     """Surveys the images and compares, with a progress bar."""
-    from kdscale.data.image_sets import survey
-    from kdscale.stages.cka import compare
+    from kdscale.stages.cka import compare_named
 
-    assert isinstance(recipe.images, DataSpec)
     with progress_bar(as_json) as progress:
-        return compare(recipe, survey(str(recipe.images.urls), progress), store, progress)
+        return compare_named(recipe, store, progress)
 
 
 def _write(outcome: CkaOutcome, out: Path) -> list[str]:

@@ -30,7 +30,7 @@ from kdscale.data.image_sets import ImageSet, NoImages, TooFewImages, read_image
 from kdscale.data.samples import decode
 from kdscale.models.taps import load_tower_of
 from kdscale.models.towers import build_clip, save_clip
-from kdscale.stages.cka import CkaRun, compare, run_cka
+from kdscale.stages.cka import CkaRun, compare, compare_named, run_cka
 from kdscale.stages.images import find_images
 from kdscale.stages.jobs import CkaJob
 from kdscale.stages.loop import World
@@ -181,6 +181,18 @@ def test_the_stage_equals_a_computation_by_hand(
     assert Image.open(io.BytesIO(png)).size[0] > 300
     again = find_images(given.images, Storage(str(tmp_path / "store")))  # from the kept survey
     assert compare(given, again, Storage(str(tmp_path))).debiased == found["debiased"]
+
+
+def test_models_may_be_named(models: tuple[Path, Path], folder: Path, tmp_path: Path) -> None:
+    a, b = map(str, models)
+    images = DataSpec(name="folder", urls=str(folder))
+    found = compare_named(Cka(a=a, b=b, images=images), Storage(str(tmp_path)))
+    assert found.result.n == 20
+    named = recipe(models, folder)
+    assert compare(named, survey(str(folder)), Storage(str(tmp_path))).debiased == found.debiased
+    nowhere = Cka(a=a, b=b, images=DataSpec(name="elsewhere"))
+    with pytest.raises(NoShards, match=r"'elsewhere'.*urls"):
+        compare_named(nowhere, Storage(str(tmp_path)))
 
 
 def test_workers_and_interruptions_change_no_bit(

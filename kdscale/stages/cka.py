@@ -21,13 +21,15 @@ import numpy as np
 import torch
 
 from kdscale.analysis.layer_cka import LayerCKA
+from kdscale.core.config import DataSpec
 from kdscale.core.eval_config import Cka
 from kdscale.core.journal import JournalWriter
 from kdscale.core.lease import check_lease
 from kdscale.core.storage import Storage
-from kdscale.core.types import ConfigError, DataError
-from kdscale.data.image_sets import ImageSet, ImageShard, Progress, read_images
+from kdscale.core.types import ConfigError, DataError, NoShards
+from kdscale.data.image_sets import ImageSet, ImageShard, Progress, read_images, survey
 from kdscale.data.samples import BadImage, decode
+from kdscale.models.named import resolve
 from kdscale.models.taps import ImageTower, load_tower_of
 from kdscale.stages.by_shard import device_for
 from kdscale.stages.cka_result import CkaOutcome, check_enough, check_memory, documents
@@ -231,6 +233,30 @@ def compare(
             sums.add(pair(shard, wanted))
         done += len(wanted)
     return sums.outcome()
+
+
+def compare_named(
+    recipe: Cka, storage: Storage, progress: Progress = lambda *_: None
+) -> CkaOutcome:
+    """Compares two models that may still be names, on images wherever they lie; writes nothing.
+
+    Args:
+        recipe: Its models as specs, or named as `kdscale.models.named.resolve` takes them; its
+            images a folder, tars or Parquet files.
+        storage: Where stages' weights are.
+        progress: Told (what, number done, number in all or None).
+
+    Raises:
+        NoShards: The recipe does not say where the images are.
+        UnknownName: A model's name is not known.
+        ConfigError, DataError, WeightsError: As of `resolve`, `survey` and `compare`.
+    """
+    check_precision(recipe.precision, device_for(None).type)
+    a, b = (resolve(m, storage) if isinstance(m, str) else m for m in (recipe.a, recipe.b))
+    if not isinstance(recipe.images, DataSpec) or recipe.images.urls is None:
+        raise NoShards(f"where are the images of {recipe.images.name!r}? Say DataSpec(urls=...)")
+    images = survey(recipe.images.urls, progress)
+    return compare(recipe.replace(a=a, b=b), images, storage, progress)
 
 
 class CkaRun:
