@@ -35,7 +35,7 @@ def in_words(error: BaseException) -> str:
     own = named_cause(error)
     found = own or _innermost(error, (BaseException,)) or error
     text = str(found).strip().splitlines()
-    notes = [] if own else getattr(found, "__notes__", [])
+    notes: list[str] = [] if own else getattr(found, "__notes__", [])
     return " ".join([f"{type(found).__name__}: {text[-1] if text else ''}".strip(), *notes])
 
 
