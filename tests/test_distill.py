@@ -13,7 +13,7 @@ from worlds import small_job, spawn, synthetic, timm_tower, vit
 from kdscale.core.checkpoints import Checkpoints
 from kdscale.core.config import Execution
 from kdscale.core.journal import JournalReader, read_steps
-from kdscale.core.stop import ask_to_stop, let_run
+from kdscale.core.stop import ask_to_stop, let_run, stopped
 from kdscale.core.types import (
     CheckpointError,
     ConfigError,
@@ -184,7 +184,8 @@ def test_a_run_that_is_asked_to_stop_stops_at_a_checkpoint_and_goes_on(tmp_path:
     ask_to_stop(job.stage, "enough")
     with pytest.raises(StageStopped, match="enough"):
         Run(job, World(), lambda _: None).train(synthetic(job, World()))
-    assert Checkpoints(job.stage, keep=1).latest_step() == 2
+    assert Checkpoints(job.stage, keep=1).latest_step() == 1
+    assert stopped(job.stage) is None
     let_run(job.stage)
     Run(job, World(), lambda _: None).train(synthetic(job, World()))
     lines = JournalReader(job.stage).new_lines()

@@ -30,7 +30,7 @@ from kdscale.core.types import (
     CacheMissing,
     ConfigError,
     ShardChanged,
-    StageRefused,
+    StageStopped,
     StorageError,
 )
 from kdscale.data.blocks import Plan, Reading, finish, read_segment
@@ -232,9 +232,10 @@ def test_a_job_that_is_asked_to_stop_stops_after_a_shard(
     def done(number: int) -> dict[str, Any]:
         return shard_row(number, 1, time.perf_counter() - 1, {})
 
-    with pytest.raises(StageRefused, match="StageStopped: enough"):
+    with pytest.raises(StageStopped, match="stopped early at step 1: enough"):
         list(run_shards(job, [0, 1, 2], lambda: done, 3))
     assert [line["step"] for line in read_steps(job.stage)] == [1]
+    assert job.stage.failure() is None
 
 
 def test_a_shard_listed_twice_is_embedded_once(tmp_path: Path, manifest: Manifest) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
+import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kdscale import Distill
+from kdscale.core.causes import final_cause
 from kdscale.core.scale import MINI, resolve
 from kdscale.core.storage import StageStore, Storage
 from kdscale.core.types import (
@@ -17,7 +20,6 @@ from kdscale.core.types import (
     StageRefused,
     StorageError,
     TrainingDiverged,
-    final_cause,
 )
 from kdscale.data.shards import Manifest
 from kdscale.stages.jobs import DistillJob
@@ -60,6 +62,23 @@ def test_a_worker_notes_only_what_another_attempt_would_meet_again(tmp_path: Pat
     assert (noted["message"], noted["final"]) == ("TrainingDiverged: the loss is nan", True)
     stage.forget_failure()
     assert stage.failure() is None
+
+
+def test_a_bug_is_told_with_its_place_in_the_process_that_met_it(tmp_path: Path) -> None:
+    from kdscale.stages.worker import noting, raise_failed
+
+    def bug() -> None:
+        statistics.mean([])  # noticed inside a library
+
+    with pytest.raises(statistics.StatisticsError) as met, noting(job(tmp_path, "a").stage):
+        bug()
+    assert job(tmp_path, "a").stage.failure() is None
+    sent = pickle.loads(pickle.dumps(met.value))
+    with pytest.raises(StageFailed) as told:
+        raise_failed([job(tmp_path, "a")], Wrapped(worker_failures={0: sent}))
+    place = f"({__file__}:{bug.__code__.co_firstlineno + 1}, in bug)"
+    assert str(told.value).startswith("distill a failed: StatisticsError: mean requires at least")
+    assert str(told.value).endswith(place)
 
 
 def test_a_full_disk_is_told_in_our_words(tmp_path: Path) -> None:
@@ -119,7 +138,7 @@ def test_tune_does_not_see_what_it_must_not_try_again(
     monkeypatch.setattr(schedule, "waiting_trials", lambda _: [Trial])
     found, plan, trial = Result(), Plan(), Trial()
     found.metrics = schedule._run_trial({"trial": 0}, plan)  # type: ignore[arg-type]
-    (failure,) = schedule._failures([trial], [found])  # type: ignore[list-item]
+    (failure,) = schedule.failures_in([found], lambda _: trial)  # type: ignore[return-value]
     assert failure.message == "distill k failed: DataError: no shard"
 
 

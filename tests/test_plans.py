@@ -370,9 +370,7 @@ def test_a_sweep_stops_at_its_limit(
         for student in students:
             with pytest.raises(StageStopped, match=unit):
                 check_stop(student.store(plan.storage))
-        students[0].store(plan.storage).fail(f"StageStopped: {budget.reason}", final=True)
     check_stop(students[0].store(plan.storage))  # it may go on when it is run again
-    assert students[0].store(plan.storage).failure() is None
     with pytest.raises(LimitReached, match="2 of 3 stages are not finished"):
         budget.raise_if_stopped()
     check_stop(teacher.store(plan.storage))
@@ -385,7 +383,7 @@ def test_a_trial_of_a_stopped_sweep_starts_nothing(tmp_path: Path) -> None:
     for stage in plan.stages.values():
         ask_to_stop(stage.store(plan.storage), "the limit of 2 GPU-hours is reached")
     told = _run_trial({"trial": 0}, plan)
-    assert told["refused"] == "the limit of 2 GPU-hours is reached"
+    assert "refused" not in told  # a trial that is stopped has not failed
     assert not plan.storage.exists("stages", "teacher", last(plan), "journal")
 
 

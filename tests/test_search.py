@@ -26,9 +26,15 @@ from kdscale.core.checkpoints import Checkpoints
 from kdscale.core.journal import JournalWriter, read_steps
 from kdscale.core.lease import Lease
 from kdscale.core.scale import MINI
-from kdscale.core.stopping import ask_stop, forget_stop, note_stopped, stopped
+from kdscale.core.stop import (
+    ask_attempt_to_stop,
+    forget_stop,
+    note_stopped,
+    stop_asked,
+    stopped,
+)
 from kdscale.core.storage import StageStore, Storage
-from kdscale.core.types import ConfigError, EndedEarly, UnknownField, UnknownName
+from kdscale.core.types import ConfigError, StageStopped, UnknownField, UnknownName
 from kdscale.stages.loop import World
 from kdscale.sweep.chosen import is_left, split, unended
 from kdscale.sweep.plan import Plan, make_plan
@@ -245,7 +251,7 @@ def test_an_asked_stage_ends_after_its_checkpoint_and_resumes_to_the_same_end(
         def batches(start: int) -> Iterator[Any]:
             for batch in synthetic(job, World())(start):
                 if batch.step + 1 == asked_at:
-                    ask_stop(job.stage, "enough", "me")
+                    ask_attempt_to_stop(job.stage, "enough", "me")
                 yield batch
 
         job.stage.storage.write_json({"token": "me"}, *job.stage.parts, "LEASE-1")
@@ -254,7 +260,7 @@ def test_an_asked_stage_ends_after_its_checkpoint_and_resumes_to_the_same_end(
 
     torch.set_num_threads(1)
     whole = run(str(tmp_path / "whole"))
-    with pytest.raises(EndedEarly, match="stopped early at step 3: enough"):
+    with pytest.raises(StageStopped, match="stopped early at step 3: enough"):
         run(str(tmp_path / "part"), asked_at=3)
     stage = small_job(str(tmp_path / "part")).stage
     assert (stopped(stage) or {})["step"] == 3
@@ -271,27 +277,25 @@ def _stops(world: World, root: str) -> None:
     from kdscale.stages.run import Run
 
     job = replace(small_job(root, total_steps=6), lease="me")
-    with pytest.raises(EndedEarly):
+    with pytest.raises(StageStopped):
         Run(job, world, lambda _: None).train(synthetic(job, world))
 
 
 def test_all_workers_end_together(tmp_path: Path) -> None:
     stage = small_job(str(tmp_path)).stage
     stage.storage.write_json({"token": "me"}, *stage.parts, "LEASE-1")
-    ask_stop(stage, "enough", "me")
+    ask_attempt_to_stop(stage, "enough", "me")
     spawn(_stops, 2, str(tmp_path))
     assert (stopped(stage) or {})["step"] == 1
 
 
 def test_only_the_attempt_that_is_meant_is_asked(tmp_path: Path) -> None:
-    from kdscale.core.stopping import stop_asked
-
     stage = StageStore(Storage(str(tmp_path)), "distill", "k")
-    assert not ask_stop(stage, "nobody is at it")
+    assert not ask_attempt_to_stop(stage, "nobody is at it")
     lease = Lease.acquire(stage)
     assert lease is not None
     with lease:
-        assert ask_stop(stage, "enough")
+        assert ask_attempt_to_stop(stage, "enough")
         assert stop_asked(stage, lease.token) == "enough"
         assert stop_asked(stage, "another") is None
 
@@ -361,7 +365,7 @@ def test_a_scheduler_asks_and_does_not_kill(tmp_path: Path) -> None:
         result = {"step": 32, "progress": 12.5, "zero_shot_top1": value, "lease": "t"}
         assert graceful.on_trial_result(None, trial, result) == "CONTINUE"
     stores = [work.followed.store(plan.storage) for work in works]
-    asked = [plan.storage.exists(*store.parts, "STOP_ATTEMPT") for store in stores]
+    asked = [plan.storage.exists(*store.parts, "STOP-t") for store in stores]
     assert asked == [False, True, False] or asked == [False, True, True]
 
 

@@ -13,7 +13,7 @@ from test_search import Climber
 from kdscale import DataSpec, Distill, Execution, Search, Sweep, TowerSpec, ZeroShotSpec
 from kdscale.core.lease import Lease
 from kdscale.core.scale import TRUE_SIZE_CPU
-from kdscale.core.stopping import stopped
+from kdscale.core.stop import stopped
 from kdscale.core.storage import Storage
 from kdscale.sweep.chosen import is_left
 from kdscale.sweep.plan import Plan, make_plan

@@ -134,12 +134,8 @@ class StageRefused(StageFailed):
     """A stage that another attempt would end in the same way."""
 
 
-class StageStopped(StageRefused):
+class StageStopped(KdscaleError):
     """A stage that was asked to stop; it goes on from its last checkpoint when it is run again."""
-
-
-class EndedEarly(KdscaleError):
-    """An attempt that a scheduler has ended at a checkpoint; its stage can be taken up again."""
 
 
 class StageBusy(KdscaleError):
@@ -156,42 +152,6 @@ class LimitReached(KdscaleError):
 
 class ImpossibleResources(KdscaleError):
     """A placement that this cluster can never satisfy."""
-
-
-# Errors that lie in what was asked for, or in files as they are: trying again meets them again.
-FINAL_ERRORS = (
-    ConfigError,
-    DataError,
-    WeightsError,
-    CheckpointError,
-    TrainingDiverged,
-    StageStopped,
-)
-
-
-def final_cause(error: BaseException) -> BaseException | None:
-    """Returns the innermost of `FINAL_ERRORS` that an error stands for, None where none is."""
-    return _innermost(error, FINAL_ERRORS)
-
-
-def named_cause(error: BaseException) -> BaseException | None:
-    """Returns the innermost error of our own that an error stands for, None where there is none."""
-    return _innermost(error, (KdscaleError,))
-
-
-def _innermost(error: BaseException, kinds: tuple[type, ...]) -> BaseException | None:
-    """Looks through what Ray wraps around errors of tasks, workers and controllers."""
-    failures: dict[int, object] = getattr(error, "worker_failures", {})
-    inner = [error.__cause__, *(getattr(error, name, None) for name in _WRAPPED)]
-    for cause in [*inner, *failures.values()]:
-        if isinstance(cause, BaseException) and cause is not error:
-            found = _innermost(cause, kinds)
-            if found is not None:
-                return found
-    return error if isinstance(error, kinds) else None
-
-
-_WRAPPED = ("cause", "controller_failure")
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> UnknownName:

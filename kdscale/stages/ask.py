@@ -20,9 +20,9 @@ from kdscale.core.answers_config import Answers
 from kdscale.core.config import STAGE_WEIGHTS, Execution, Precision
 from kdscale.core.journal import JournalWriter
 from kdscale.core.lease import check_lease
-from kdscale.core.stop import check_stop
+from kdscale.core.stop import stop_if_asked
 from kdscale.core.storage import Storage
-from kdscale.core.types import DataError
+from kdscale.core.types import DataError, StageStopped
 from kdscale.data.samples import decode
 from kdscale.eval.answers import Block, blocks_of, missing, questions_digest, write_block
 from kdscale.eval.generate import Generator, Prompt
@@ -211,7 +211,9 @@ def _answered(rounds: Sequence[_Round]) -> Iterator[_Round]:
             yield rounds[row["job"]]
             left = next((each for each in rounds if not each.is_whole), None)
             if left is not None:
-                check_stop(left.job.stage)
+                stop_if_asked(left.job.stage, left.job.lease, left.done)
+    except StageStopped:
+        raise
     except Exception as error:
         from kdscale.stages.worker import raise_failed
 

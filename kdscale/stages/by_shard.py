@@ -20,7 +20,8 @@ import torch
 from kdscale.core.config import Execution
 from kdscale.core.journal import JournalWriter
 from kdscale.core.lease import check_lease
-from kdscale.core.stop import check_stop
+from kdscale.core.stop import stop_if_asked
+from kdscale.core.types import StageStopped
 from kdscale.data.raw import RawSample
 from kdscale.data.shards import ShardEntry, read_good
 from kdscale.data.sidecars import SUMMARY, Values
@@ -45,6 +46,7 @@ def run_shards(
     Raises:
         StageFailed: If one could not be done.
         StageRefused: If another attempt could not do it either.
+        StageStopped: After a shard, if it was asked to stop.
     """
     job.stage.forget_failure()
     clear_leftovers(job)
@@ -63,7 +65,9 @@ def run_shards(
             journal.append({"step": done, "shards": total, **speed})
             yield row
             if done < total:
-                check_stop(job.stage)
+                stop_if_asked(job.stage, job.lease, done)
+    except StageStopped:
+        raise
     except Exception as error:
         from kdscale.stages.worker import raise_failed
 

@@ -24,11 +24,12 @@ CKA_IMAGES = 2048
 
 
 class Job:
-    """What all jobs have: a stage to write."""
+    """What all jobs have: a stage to write, and a lease on it."""
 
     kind: str
     key: str
     storage_root: str
+    lease: str | None
 
     @property
     def stage(self) -> StageStore:

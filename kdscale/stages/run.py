@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 from kdscale.core.checkpoints import Checkpoints
 from kdscale.core.journal import JournalWriter
 from kdscale.core.lease import check_lease
-from kdscale.core.stop import check_stop
 from kdscale.core.trained import epoch_suffix
 from kdscale.core.types import TrainingDiverged
 from kdscale.data.samples import Batch
@@ -25,7 +24,7 @@ from kdscale.stages.distill import DistillTask
 from kdscale.stages.evaluate import Evaluator, Scores, cached_features
 from kdscale.stages.jobs import DistillJob
 from kdscale.stages.loop import World, batch_digest
-from kdscale.stages.stopping import asked_to_stop, end_early
+from kdscale.stages.stop import asked_to_stop, stop_at_checkpoint
 
 T = TypeVar("T")
 
@@ -100,7 +99,7 @@ class Run:
         Raises:
             CheckpointError: If the newest checkpoint is damaged, or of other data.
             TrainingDiverged: If the loss stops being finite.
-            EndedEarly: At a checkpoint, if a scheduler has asked for it.
+            StageStopped: At a checkpoint, if it was asked to stop.
         """
         start = self.checkpoints.latest_step()
         if start:
@@ -118,7 +117,7 @@ class Run:
                 meter.restart()
             elif self.world.is_first:
                 self.journal.append(line)
-            if step % self.execution.log_every == 0 and step < self.job.total_steps:
+            if (due or step % self.execution.log_every == 0) and step < self.job.total_steps:
                 self._stop_if_asked(step)
         self.checkpoints.wait()
         self._finish()
@@ -162,8 +161,6 @@ class Run:
             self.journal.flush()
             self.checkpoints.save(line["step"], self.task.state(line["step"]))
         self.report({"step": line["step"], "loss": line["total"]})
-        if self.world.is_first and line["step"] < self.job.total_steps:
-            check_stop(self.job.stage, self.checkpoints.wait)
 
     def _stop_if_asked(self, step: int) -> None:
         """Ends the attempt where it was asked to, at a checkpoint without an evaluation."""
@@ -174,7 +171,7 @@ class Run:
             check_lease(self.job.stage, self.job.lease)
             self.journal.flush()
             self.checkpoints.save(step, self.task.state(step))
-        end_early(self.job, self.world, self.checkpoints, step)
+        stop_at_checkpoint(self.job, self.world, self.checkpoints)
 
     def _finish(self) -> None:
         """Writes the student in hub layout and its predictions, and marks the stage done."""

@@ -21,14 +21,13 @@ from kdscale.core.checkpoints import Checkpoints
 from kdscale.core.config import TowerSpec
 from kdscale.core.journal import JournalWriter
 from kdscale.core.lease import check_lease
-from kdscale.core.stop import check_stop
 from kdscale.core.types import CheckpointError, DataError, TrainingDiverged
 from kdscale.data.instruct_stream import InstructBatch
 from kdscale.models.vlm import merge, save_projector, save_vlm
 from kdscale.stages.jobs import VlmJob
 from kdscale.stages.loop import World, batch_digest
 from kdscale.stages.run import Meter
-from kdscale.stages.stopping import asked_to_stop, end_early
+from kdscale.stages.stop import asked_to_stop, stop_at_checkpoint
 from kdscale.stages.vlm import (
     Built,
     MicroBatches,
@@ -78,7 +77,7 @@ class VlmRun(TrainerCallback):
             DataError: If a step has nothing to learn, or the batches end before the last step.
             CheckpointError: If the checkpoint cannot be read, or was written by another number of
                 workers under DeepSpeed, which cannot share it out anew.
-            EndedEarly: At a checkpoint, if a scheduler has asked for it.
+            StageStopped: At a checkpoint, if it was asked to stop.
         """
         with self.scratch:
             start = self.checkpoints.latest_step()
@@ -138,9 +137,11 @@ class VlmRun(TrainerCallback):
             )
         if self.world.is_first:
             self.journal.append(line)
-        if line["step"] % self.execution.checkpoint_every == 0:
+        due = line["step"] % self.execution.checkpoint_every == 0
+        if due:
             self.report({"step": line["step"], "loss": line["total"]})
-        if line["step"] % self.execution.log_every == 0 and line["step"] < self.job.total_steps:
+        asks = due or line["step"] % self.execution.log_every == 0
+        if asks and line["step"] < self.job.total_steps:
             self.stopping = asked_to_stop(self.job, self.world)
             control.should_save = control.should_save or self.stopping
 
@@ -159,11 +160,9 @@ class VlmRun(TrainerCallback):
             check_lease(self.job.stage, self.job.lease)
             self.journal.flush()
             self.checkpoints.save(step, packed)
-            if step < self.job.total_steps:
-                check_stop(self.job.stage, self.checkpoints.wait)
         self.meter.restart()
         if self.stopping:
-            end_early(self.job, self.world, self.checkpoints, step)
+            stop_at_checkpoint(self.job, self.world, self.checkpoints)
 
     def _restore(self, step: int) -> str:
         """Unpacks a checkpoint and returns its directory."""

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,21 +18,13 @@ import ray.train
 import ray.train.torch
 import torch
 
+from kdscale.core.causes import final_cause, in_words, note_place
 from kdscale.core.checkpoints import Checkpoints
 from kdscale.core.config import Execution
 from kdscale.core.lease import check_lease
 from kdscale.core.stop import check_stop
-from kdscale.core.stopping import stopped
 from kdscale.core.storage import StageStore
-from kdscale.core.types import (
-    EndedEarly,
-    KdscaleError,
-    OrderBroken,
-    StageFailed,
-    StageRefused,
-    final_cause,
-    named_cause,
-)
+from kdscale.core.types import OrderBroken, StageFailed, StageRefused, StageStopped
 from kdscale.data.instruct_stream import InstructStream, instruct_dataset
 from kdscale.data.stream import (
     TrainStream,
@@ -73,7 +65,7 @@ def fit(jobs: Sequence[TrainJob]) -> None:
     Raises:
         StageFailed: If the workers failed more often than `Execution.max_failures` allows.
         StageRefused: At the first failure that another attempt would meet again.
-        EndedEarly: If a stage was asked to stop; the jobs after it have not been begun.
+        StageStopped: If a stage was asked to; the jobs after it have not been begun.
     """
     run = jobs[0].recipe.run
     assert run is not None
@@ -91,8 +83,8 @@ def fit(jobs: Sequence[TrainJob]) -> None:
             failure = error
     raise_failed(jobs, failure)
     for job in jobs:
-        if (note := stopped(job.stage)) is not None:
-            raise EndedEarly(f"stopped early at step {note['step']}: {note['reason']}")
+        if not job.stage.is_done():
+            check_stop(job.stage, job.lease)
 
 
 def _trainer(
@@ -134,7 +126,8 @@ def raise_failed(jobs: Sequence[TrainJob | ShardJob | AnswersJob], error: Except
     job = next(iter(noted or [job for job in jobs if not job.stage.is_done()] or jobs))
     if not noted and error is not None:
         note_failure(job.stage, error)
-    found = job.stage.failure() or {"message": _root_cause(error), "final": False}
+    known = in_words(error) if error is not None else "the reason is no longer on storage"
+    found = job.stage.failure() or {"message": known, "final": False}
     kind = StageRefused if found["final"] else StageFailed
     raise kind(f"{job.kind} {job.key} failed: {found['message']}") from error
 
@@ -142,7 +135,7 @@ def raise_failed(jobs: Sequence[TrainJob | ShardJob | AnswersJob], error: Except
 def note_failure(stage: StageStore, error: Exception) -> None:
     """Notes in a stage why an attempt has ended, and whether another would end likewise."""
     cause = final_cause(error)
-    stage.fail(_root_cause(cause or error), final=cause is not None)
+    stage.fail(in_words(cause or error), final=cause is not None)
 
 
 def embed(job: ShardJob) -> None:
@@ -254,9 +247,8 @@ def _dataset_from_cursor(job: StreamJob) -> Callable[[], Any]:
 def _work(config: dict[str, Any]) -> None:
     """Runs on every worker, the only process that needs the model libraries."""
     jobs = [job for job in config["jobs"] if not job.stage.is_done()]
-    # Ray starts a failed group again whatever the error was; `fit` tells of a final one, or of
-    # an attempt that was asked to stop.
-    if not jobs or any(job.stage.failure() or stopped(job.stage) for job in jobs):
+    # Ray starts a failed group again whatever the error was; `fit` tells of a final one.
+    if not jobs or any(job.stage.failure() for job in jobs):
         return
     for job in jobs:
         check_lease(job.stage, job.lease)
@@ -267,19 +259,19 @@ def _work(config: dict[str, Any]) -> None:
             # Its stream starts its processes while this one imports the model libraries.
             first = _Started(jobs[0], rank)
         from kdscale.stages.loop import World
+        from kdscale.stages.stop import asked_to_stop, stop_at_checkpoint
 
     world = World(rank=rank, size=size, device=device)
-    for job in jobs:
-        if job.recipe.run is not None and job.recipe.run.threads_per_worker is not None:
-            torch.set_num_threads(job.recipe.run.threads_per_worker)
-        with noting(job.stage):
-            check_stop(job.stage)
-            attempt = _attempt_of(job)
-            stream = first if first is not None and first.job is job else _Started(job, rank)
-            try:
+    with suppress(StageStopped):  # `fit` tells of it
+        for job in jobs:
+            if job.recipe.run is not None and job.recipe.run.threads_per_worker is not None:
+                torch.set_num_threads(job.recipe.run.threads_per_worker)
+            with noting(job.stage):
+                if asked_to_stop(job, world):
+                    stop_at_checkpoint(job, world, Checkpoints(job.stage, keep=1))
+                attempt = _attempt_of(job)
+                stream = first if first is not None and first.job is job else _Started(job, rank)
                 attempt(job, world, report).train(stream.batches)
-            except EndedEarly:
-                return
 
 
 def _attempt_of(job: TrainJob) -> Any:
@@ -315,7 +307,7 @@ def _attempt_of(job: TrainJob) -> Any:
 
 @contextmanager
 def noting(stage: StageStore) -> Generator[None]:
-    """Notes an error that another attempt would meet again.
+    """Notes an error that another attempt would meet again; of any other, where it arose.
 
     It is raised all the same: other workers may wait for this one, and only Ray can end them.
     """
@@ -323,8 +315,10 @@ def noting(stage: StageStore) -> Generator[None]:
         yield
     except Exception as error:
         cause = final_cause(error)
-        if cause is not None:
-            stage.fail(_root_cause(cause), final=True)
+        if cause is None:
+            note_place(error)
+        else:
+            stage.fail(in_words(cause), final=True)
         raise
 
 
@@ -383,12 +377,3 @@ def _stream(job: StreamJob, shard: Any, start: int, rank: int) -> Any:
 def _single(device: Any) -> torch.device:
     """Returns the first of the devices that Ray gives a worker."""
     return device[0] if isinstance(device, list) else device
-
-
-def _root_cause(error: BaseException | None) -> str:
-    """Returns our own message, else the innermost one: what a person can act on."""
-    error = error and (named_cause(error) or error)
-    while error is not None and not isinstance(error, KdscaleError) and error.__cause__ is not None:
-        error = error.__cause__
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[-1] if text else ''}"

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 from kdscale.core.answers_config import Answers
 from kdscale.core.checkpoints import Checkpoints
@@ -211,11 +210,6 @@ def done_share(stage: Stage, plan: Plan) -> float:
     else:
         done = Checkpoints(store, keep=1).latest_step()
     return min(1.0, done / whole) if whole else 0.0
-
-
-def stopped_apart(failures: Sequence[Any], reason: str) -> list[Any]:
-    """Returns the failures of trials that have not merely been stopped for a reason."""
-    return [failure for failure in failures if not reason or reason not in failure.message]
 
 
 def _run_of(stage: Stage) -> Execution:

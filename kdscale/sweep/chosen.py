@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from kdscale.core.config import Distill
-from kdscale.core.stopping import stopped
+from kdscale.core.stop import stopped
 from kdscale.core.storage import Storage
 from kdscale.core.types import ConfigError
 from kdscale.sweep.grid import Sweep

@@ -26,7 +26,7 @@ from kdscale.core.answers_config import Answers
 from kdscale.core.config import Distill, ZeroShotSpec
 from kdscale.core.eval_config import Cka
 from kdscale.core.journal import Line, read_steps
-from kdscale.core.stopping import early_in_words
+from kdscale.core.stop import early_in_words
 from kdscale.core.storage import StageStore, Storage
 from kdscale.core.trained import epoch_suffix
 from kdscale.core.types import DataError, StorageError, UnfinishedStage

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from kdscale.core.config import Distill
 from kdscale.core.journal import JournalReader, Line
-from kdscale.core.types import StageStopped, StorageError
+from kdscale.core.types import StorageError
 from kdscale.sweep.naming import label
 from kdscale.sweep.plan import Plan, Stage
 from kdscale.sweep.tree import rounded, stage_tree
@@ -91,9 +91,7 @@ class Follower:
                 failure = stage.store(self._plan.storage).failure()
                 if failure and failure != self._failures.get(stage.key):
                     text = escape(f"{stage.name}: {failure['message']}")
-                    stopped = failure["message"].startswith(StageStopped.__name__)
-                    how = "[yellow]stopped[/]" if stopped else "[red]failed[/]"
-                    self._progress.say(f"{stage.kind} {how} {text}")
+                    self._progress.say(f"{stage.kind} [red]failed[/] {text}")
                 self._failures[stage.key] = failure
 
     def _loop(self) -> None:

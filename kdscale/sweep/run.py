@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from kdscale.core.types import NoShards
-from kdscale.sweep.budget import NO_LIMITS, Budget, Limits, stopped_apart
+from kdscale.sweep.budget import NO_LIMITS, Budget, Limits
 from kdscale.sweep.chosen import is_left, split
 from kdscale.sweep.grid import Sweep
 from kdscale.sweep.plan import Plan
@@ -80,7 +80,7 @@ def execute(
     _print_place(console, "look", viewing(uri))
     for page in pages:
         _print_place(console, "table", address(uri, page))
-    raise_failures(stopped_apart(failures, budget.reason))
+    raise_failures(failures)
     budget.raise_if_stopped()
 
 

@@ -14,7 +14,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import groupby
@@ -25,19 +25,18 @@ import ray.cloudpickle
 import ray.tune
 
 from kdscale.core.answers_config import Answers
+from kdscale.core.causes import final_cause, named_cause
 from kdscale.core.config import Embed
 from kdscale.core.eval_config import Cka
 from kdscale.core.lease import Lease
-from kdscale.core.stop import check_stop
-from kdscale.core.stopping import forget_stop
+from kdscale.core.stop import check_stop, forget_stop
 from kdscale.core.storage import Storage
 from kdscale.core.types import (
-    EndedEarly,
     KdscaleError,
     LeaseLost,
     StageFailed,
     StageRefused,
-    final_cause,
+    StageStopped,
 )
 from kdscale.core.vlm_config import Evaluate, Features
 from kdscale.stages.jobs import AnswersJob
@@ -152,7 +151,7 @@ def run_plan(plan: Plan) -> list[TrialFailure]:
             run_config=run_config(scratch),
         )
         results = tuner.fit()
-    return _failures(waiting, results)
+    return failures_in(results, lambda config: waiting[config["trial"]])
 
 
 def run_config(scratch: str) -> ray.tune.RunConfig:
@@ -191,15 +190,18 @@ def _is_finished(trial: PlannedTrial, plan: Plan) -> bool:
     return all(s.reused for s in path if s.key in wanted or isinstance(s.recipe, measured))
 
 
-def _failures(trials: Sequence[PlannedTrial], results: Any) -> list[TrialFailure]:
+def failures_in(
+    results: Any, trial_of: Callable[[dict[str, Any]], PlannedTrial]
+) -> list[TrialFailure]:
     """Collects the errors of trials, those that Tune has seen and those kept from it."""
     found: list[TrialFailure] = []
     for result in results:
         message: str | None = (result.metrics or {}).get(REFUSED)
         if result.error is not None:
-            message = last_line(result.error)
+            own = named_cause(result.error)
+            message = str(own) if own is not None else last_line(result.error)
         if message is not None:
-            found.append(TrialFailure(trials[result.config["trial"]], message))
+            found.append(TrialFailure(trial_of(result.config), message))
     return found
 
 
@@ -214,8 +216,8 @@ def _run_trial(config: dict[str, Any], plan: Plan) -> dict[str, Any]:
     trial = waiting_trials(plan)[config["trial"]]
     try:
         run_stages([plan.stages[key] for key in trial.path], plan.storage)
-    except EndedEarly:
-        pass  # its stage says so
+    except StageStopped:
+        pass  # whoever asked for it tells of it
     except KdscaleError as error:
         return {"key": trial.key, REFUSED: refusal(error)}
     return {"key": trial.key}
@@ -235,8 +237,8 @@ def run_stages(path: Sequence[Stage], storage: Storage) -> None:
     """Runs what is unfinished of a path, in one group of workers; waits for other writers.
 
     Raises:
-        StageFailed: If the workers failed; StageRefused where they would fail again or are to stop.
-        EndedEarly: If a scheduler has ended the attempt.
+        StageFailed: If the workers failed; StageRefused where they would fail again.
+        StageStopped: If a stage was asked to stop.
     """
     while pending := _unfinished(path, storage):
         with ExitStack() as leases, suppress(LeaseLost):  # then another writer is waited for

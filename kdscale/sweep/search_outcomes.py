@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kdscale.core.stopping import EARLY
+from kdscale.core.stop import EARLY
 from kdscale.sweep.chosen import own_stages, stop_note
 from kdscale.sweep.grid import Sweep
 from kdscale.sweep.outcomes import DONE, NOT_FINISHED, Outcome

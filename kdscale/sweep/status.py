@@ -14,7 +14,7 @@ from rich.table import Table
 from kdscale.core.config import Execution
 from kdscale.core.journal import JournalReader, Line, read_steps
 from kdscale.core.lease import Lease
-from kdscale.core.stopping import stopped
+from kdscale.core.stop import stopped
 from kdscale.core.storage import Storage
 from kdscale.core.types import StorageError
 from kdscale.sweep.budget import done_share, running_stages

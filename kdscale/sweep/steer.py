@@ -25,9 +25,9 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from kdscale.core.journal import JournalReader, Line
 from kdscale.core.lease import own_token
-from kdscale.core.stopping import ask_stop, stopped
+from kdscale.core.stop import ask_attempt_to_stop, stopped
 from kdscale.core.storage import Storage
-from kdscale.core.types import ConfigError, EndedEarly, KdscaleError, StorageError
+from kdscale.core.types import ConfigError, KdscaleError, StageStopped, StorageError
 from kdscale.sweep.chosen import is_finished, own_stages, unended
 from kdscale.sweep.fitting import concurrent_trials, sharing_cores, trial_resources
 from kdscale.sweep.grid import Sweep
@@ -36,7 +36,7 @@ from kdscale.sweep.prepare import prepare
 from kdscale.sweep.schedule import (
     REFUSED,
     TrialFailure,
-    last_line,
+    failures_in,
     refusal,
     run_config,
     run_stages,
@@ -176,7 +176,7 @@ def _fit(
             ),
             run_config=run_config(scratch),
         ).fit()
-    return _failures(works, results)
+    return failures_in(results, lambda config: _work(config, works).trial)
 
 
 def _fresh(steering: Any) -> Any:
@@ -192,18 +192,6 @@ def _work(config: Mapping[str, Any], works: Sequence[Work]) -> Work:
     return config["work"] if "work" in config else works[config["trial"]]
 
 
-def _failures(works: Sequence[Work], results: Any) -> list[TrialFailure]:
-    """Collects the errors of trials, those that Tune has seen and those kept from it."""
-    found: list[TrialFailure] = []
-    for result in results:
-        message = (result.metrics or {}).get(REFUSED)
-        if result.error is not None:
-            message = last_line(result.error)
-        if message is not None:
-            found.append(TrialFailure(_work(result.config, works).trial, message))
-    return found
-
-
 def _run_trial(config: dict[str, Any], works: Sequence[Work]) -> dict[str, Any]:
     """Runs one trial, or tells again what it has found; on a Tune actor."""
     work = _work(config, works)
@@ -212,8 +200,9 @@ def _run_trial(config: dict[str, Any], works: Sequence[Work]) -> dict[str, Any]:
         try:
             if not work.finished and stopped(work.followed.store(work.storage)) is None:
                 run_stages(work.stages, work.storage)
-        except EndedEarly:
-            pass  # its stage says so
+        except StageStopped:
+            if stopped(work.followed.store(work.storage)) is None:
+                return found  # it is the sweep that stops: this trial goes on another time
         except KdscaleError as error:
             found[REFUSED] = refusal(error)
     found["stopped"] = stopped(work.followed.store(work.storage)) is not None
@@ -360,4 +349,5 @@ class Graceful(TrialScheduler):
         """Asks a trial to stop, if it runs its stage itself: another sweep may be at it."""
         if token := result.get("lease"):
             work = _work(trial.config, self._works)
-            ask_stop(work.followed.store(work.storage), self._reasons[trial.trial_id], token)
+            stage = work.followed.store(work.storage)
+            ask_attempt_to_stop(stage, self._reasons[trial.trial_id], token)

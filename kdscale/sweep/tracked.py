@@ -19,7 +19,7 @@ from typing import Any
 from kdscale.core.answers_config import Answers
 from kdscale.core.config import Distill
 from kdscale.core.journal import JournalReader, Line, read_steps, span
-from kdscale.core.stopping import stopped
+from kdscale.core.stop import stopped
 from kdscale.core.storage import StageStore, Storage
 from kdscale.core.types import DataError, StorageError, UnfinishedStage
 from kdscale.core.vlm_config import VlmStage

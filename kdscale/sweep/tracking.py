@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from kdscale.core.stopping import stopped
+from kdscale.core.stop import stopped
 from kdscale.core.storage import Storage
 from kdscale.core.types import StorageError
 from kdscale.sweep.plan import Plan, PlannedTrial, Stage
