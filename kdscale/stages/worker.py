@@ -21,6 +21,7 @@ import torch
 from kdscale.core.checkpoints import Checkpoints
 from kdscale.core.config import Execution
 from kdscale.core.lease import check_lease
+from kdscale.core.nodes import on_gpus_for
 from kdscale.core.stop import check_stop
 from kdscale.core.stopping import stopped
 from kdscale.core.storage import StageStore
@@ -215,6 +216,7 @@ def actor_map(
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(num_actors, len(items))),
         num_cpus=resources.get("CPU", 1.0),
         num_gpus=resources.get("GPU", 0.0) or None,
+        resources=on_gpus_for("inference", resources.get("GPU", 0.0)) or None,
     )
     quiet(dataset)
     yield from dataset.iter_rows()
@@ -225,6 +227,7 @@ def _scaling(run: Execution) -> ray.train.ScalingConfig:
     resources = {"CPU": run.cpus_per_worker}
     if run.gpus_per_worker:
         resources["GPU"] = run.gpus_per_worker
+        resources |= on_gpus_for("training", run.gpus_per_worker)
     return ray.train.ScalingConfig(
         num_workers=run.num_workers,
         use_gpu=run.gpus_per_worker > 0,
