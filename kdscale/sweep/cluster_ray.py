@@ -7,10 +7,15 @@ from typing import Any
 
 from kdscale.sweep.cluster import CPU_LOCK, GPU_LOCK, STORAGE, Cluster, Group, Node, resources_of
 
-CODE = "~/kdscale"  # this repository, on every node
+CODE = "~/kdscale"  # what nodes need of this repository
+SENT = (
+    "kdscale",
+    "tools",
+    CPU_LOCK,
+    GPU_LOCK,
+)  # `ray up` reads all of it, so not `.git` and `.venv`
 HOME = "~/.kdscale"  # its variables and environment (tools/setup_node.sh), on every node
 TOKEN = "~/.ray/auth_token"
-NOT_SENT = [".git", ".venv", "__pycache__", "runs", "mlruns", "*.egg-info", ".*_cache"]
 HEAD_TYPE = "head"
 PORT = 6379
 
@@ -99,9 +104,8 @@ def _instance(cluster: Cluster, node: Node | Group, profile: str) -> dict[str, A
 def _shared(setup: list[str]) -> dict[str, Any]:
     """Returns what both providers have in common."""
     return {
-        "file_mounts": {CODE: ".", TOKEN: TOKEN},
-        "rsync_exclude": NOT_SENT,
-        "rsync_filter": [".gitignore"],
+        "file_mounts": {f"{CODE}/{name}": name for name in SENT} | {TOKEN: TOKEN},
+        "rsync_exclude": ["__pycache__"],
         "setup_commands": setup,
         "head_start_ray_commands": ["ray stop", START_HEAD],
         "worker_start_ray_commands": ["ray stop", START_WORKER],
