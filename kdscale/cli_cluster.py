@@ -56,7 +56,7 @@ def check(
     ),
 ) -> None:
     """Check a cluster: Ray's schema, doors, token, idle time-out, storage, locks."""
-    logging.disable(logging.INFO)  # Ray's remarks
+    logging.disable(logging.WARNING)  # Ray's remarks
     with guarded():
         check_config(read_config(file), str(file))
         console.print(f"{file}: nothing public, one storage, one lock for all", highlight=False)
@@ -67,7 +67,7 @@ def check_upload(
     directory: Annotated[Path, typer.Argument(help="What --working-dir will be.")] = Path("."),
 ) -> None:
     """Check that `ray job submit --working-dir DIRECTORY` would not be refused as too big."""
-    logging.disable(logging.INFO)  # Ray's remarks
+    logging.disable(logging.WARNING)  # Ray's remarks
     with guarded():
         upload = find_upload(directory)
         upload.check()
