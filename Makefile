@@ -49,10 +49,10 @@ bench: setup ## CPU benchmarks, each beside its baseline
 
 lock: setup ## resolve pyproject.toml again into requirements.lock
 	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url \
-	  --no-annotate --extra dev pyproject.toml --output-file requirements.lock \
+	  --no-annotate --extra dev --extra cluster pyproject.toml --output-file requirements.lock \
 	  --custom-compile-command "make lock"
 	@$(BIN)/uv pip compile --quiet --python-platform linux --python-version 3.11 \
-	  --no-emit-index-url --no-annotate --constraint requirements.lock --extra gpu \
+	  --no-emit-index-url --no-annotate --constraint requirements.lock --extra cluster --extra gpu \
 	  pyproject.toml --output-file requirements-gpu.lock --custom-compile-command "make lock"
 
 clean: ## remove the environment and caches, not the results

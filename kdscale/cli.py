@@ -16,6 +16,7 @@ from rich.console import Console
 
 from kdscale.cli_bench import bench
 from kdscale.cli_cka import cka
+from kdscale.cli_cluster import cluster_app
 from kdscale.cli_data import data_app
 from kdscale.cli_doctor import doctor
 from kdscale.cli_evaluate import evaluate
@@ -59,10 +60,14 @@ from kdscale.terminal import AsJson, StorageRoot, console, guarded
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 data_app.command("bench")(bench)
 app.add_typer(data_app, name="data")
+app.add_typer(cluster_app, name="cluster")
 
 Files = Annotated[list[Path], typer.Argument(help="Sweep files.", exists=True, dir_okay=False)]
 ScaleName = Annotated[str | None, typer.Option("--scale", help="paper, mini or true_size_cpu.")]
-Uri = Annotated[str | None, typer.Option("--tracking-uri", help="MLflow; SQLite by default.")]
+Uri = Annotated[
+    str | None,
+    typer.Option("--tracking-uri", envvar="MLFLOW_TRACKING_URI", help="MLflow; SQLite by default."),
+]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="Recipe field, e.g. lr=1e-3, run.num_workers=1.")
 ]

@@ -14,7 +14,9 @@ from kdscale.core.types import KdscaleError, LimitReached, StageFailed, StageSto
 
 console = Console()
 
-StorageRoot = Annotated[str, typer.Option("--storage", help="Where stages live.")]
+StorageRoot = Annotated[
+    str, typer.Option("--storage", envvar="KDSCALE_STORAGE", help="Where stages live.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 

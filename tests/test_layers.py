@@ -23,6 +23,7 @@ LAYERS = {
     "cli": 5,
     "cli_bench": 4,
     "cli_cka": 4,
+    "cli_cluster": 4,
     "cli_data": 4,
     "cli_doctor": 4,
     "cli_evaluate": 4,
@@ -36,11 +37,13 @@ LAYERS = {
 }
 UPWARD = {("sweep/grid.py", "cli")}  # `sweep.main()` makes a sweep file a program
 RAY_FILES = {
+    "sweep/cluster_check.py",
     "sweep/doctor.py",
     "sweep/schedule.py",
     "sweep/search.py",
     "sweep/steer.py",
     "sweep/suggest.py",
+    "sweep/upload.py",
     "stages/worker.py",
     "data/stream.py",
 }

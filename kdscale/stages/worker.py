@@ -22,6 +22,7 @@ from kdscale.core.causes import final_cause, in_words, note_place
 from kdscale.core.checkpoints import Checkpoints
 from kdscale.core.config import Execution
 from kdscale.core.lease import check_lease
+from kdscale.core.nodes import on_gpus_for
 from kdscale.core.stop import check_stop
 from kdscale.core.storage import StageStore
 from kdscale.core.types import OrderBroken, StageFailed, StageRefused, StageStopped
@@ -208,6 +209,7 @@ def actor_map(
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(num_actors, len(items))),
         num_cpus=resources.get("CPU", 1.0),
         num_gpus=resources.get("GPU", 0.0) or None,
+        resources=on_gpus_for("inference", resources.get("GPU", 0.0)) or None,
     )
     quiet(dataset)
     yield from dataset.iter_rows()
@@ -218,6 +220,7 @@ def _scaling(run: Execution) -> ray.train.ScalingConfig:
     resources = {"CPU": run.cpus_per_worker}
     if run.gpus_per_worker:
         resources["GPU"] = run.gpus_per_worker
+        resources |= on_gpus_for("training", run.gpus_per_worker)
     return ray.train.ScalingConfig(
         num_workers=run.num_workers,
         use_gpu=run.gpus_per_worker > 0,

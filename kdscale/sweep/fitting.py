@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import get_args
 
-from kdscale.core.config import Execution
+from kdscale.core.answers_config import Answers
+from kdscale.core.config import Embed
+from kdscale.core.nodes import GpuRole, on_gpus_for
 from kdscale.core.types import ImpossibleResources
+from kdscale.core.vlm_config import Features
 from kdscale.sweep.plan import Plan, Stage
 
 
-def demand(run: Execution) -> dict[str, float]:
+def demand(stage: Stage) -> dict[str, float]:
     """Returns what one running stage needs at once: its workers and the tasks that feed them."""
+    run = stage.recipe.run
+    assert run is not None
     need = {"CPU": run.world_size * run.cpus_per_worker + run.data_cpus}
-    if run.gpus_per_worker:
-        need["GPU"] = run.world_size * run.gpus_per_worker
+    if gpus := run.world_size * run.gpus_per_worker:
+        need["GPU"] = gpus
+        if run.num_workers:
+            by_shard = isinstance(stage.recipe, Embed | Features | Answers)
+            need |= on_gpus_for("inference" if by_shard else "training", gpus)
     return need
 
 
@@ -47,13 +56,15 @@ def concurrent_trials(
     """
     fits: list[int] = []
     for stage in stages:
-        assert stage.recipe.run is not None
-        for resource, amount in demand(stage.recipe.run).items():
+        for resource, amount in demand(stage).items():
             have = available.get(resource, 0.0)
             if amount > have:
+                what, field = (resource, f"{resource.lower()}s_per_worker")
+                if resource in get_args(GpuRole):
+                    what, field = f"GPUs for {resource}", "gpus_per_worker"
                 raise ImpossibleResources(
-                    f"{stage.kind} {stage.name!r} needs {amount:g} {resource}, the cluster has "
-                    f"{have:g}; lower run.num_workers or run.{resource.lower()}s_per_worker "
+                    f"{stage.kind} {stage.name!r} needs {amount:g} {what}, the cluster has "
+                    f"{have:g}; lower run.num_workers or run.{field} "
                     "(--set run.num_workers=1), or bring nodes"
                 )
             fits.append(int(have // amount))

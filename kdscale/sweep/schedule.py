@@ -29,6 +29,7 @@ from kdscale.core.causes import final_cause, named_cause
 from kdscale.core.config import Embed
 from kdscale.core.eval_config import Cka
 from kdscale.core.lease import Lease
+from kdscale.core.nodes import growth, with_growth
 from kdscale.core.stop import check_stop, forget_stop
 from kdscale.core.storage import Storage
 from kdscale.core.types import (
@@ -118,6 +119,13 @@ def local_cpus() -> int:
     return (os.cpu_count() or 1) + 2
 
 
+def cluster_resources() -> tuple[dict[str, float], list[dict[str, float]]]:
+    """Returns what the whole cluster offers, and each node, those that may still come included."""
+    there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    total, to_come = with_growth(ray.cluster_resources(), growth())
+    return total, there + to_come
+
+
 def run_plan(plan: Plan) -> list[TrialFailure]:
     """Runs every unfinished stage of a plan under Ray Tune.
 
@@ -132,8 +140,7 @@ def run_plan(plan: Plan) -> list[TrialFailure]:
         return []
     ship_own_losses(plan)
     start_ray()
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    concurrency = concurrent_trials(plan.remaining(), ray.cluster_resources(), nodes)
+    concurrency = concurrent_trials(plan.remaining(), *cluster_resources())
     plan = sharing_cores(plan, min(concurrency, len(waiting)), os.cpu_count() or 1)
     trainable = ray.tune.with_resources(
         ray.tune.with_parameters(_run_trial, plan=plan), trial_resources(plan.remaining())

@@ -36,6 +36,7 @@ from kdscale.sweep.prepare import prepare
 from kdscale.sweep.schedule import (
     REFUSED,
     TrialFailure,
+    cluster_resources,
     failures_in,
     refusal,
     run_config,
@@ -121,8 +122,7 @@ def run_search(
     ship_own_losses(probe)
     start_ray()
     stages = probe.remaining() or list(probe.stages.values())
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    at_once = concurrent_trials(stages, ray.cluster_resources(), nodes)
+    at_once = concurrent_trials(stages, *cluster_resources())
     options: dict[str, Any] = {"max_concurrent_trials": at_once}
     if chosen is None:
         shared = sharing_cores(plan, at_once, os.cpu_count() or 1)

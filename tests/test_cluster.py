@@ -1,0 +1,319 @@
+"""The cluster's manifests: what they hold, what Ray says of them, what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+from kdscale.core.catalog import DATA, TEACHERS
+from kdscale.core.config import Distill, Embed, Execution
+from kdscale.core.nodes import GROWS_TO, NodeType, growth, on_gpus_for, with_growth
+from kdscale.core.types import ConfigError, ImpossibleResources
+from kdscale.sweep.cluster import Cluster, load_cluster
+from kdscale.sweep.cluster_check import (
+    ClusterProblems,
+    check_config,
+    exported,
+    problems,
+    read_config,
+)
+from kdscale.sweep.cluster_kube import rayjob
+from kdscale.sweep.cluster_ray import ray_on_aws, ray_on_this_machine
+from kdscale.sweep.upload import UploadTooBig, find_upload
+
+REPOSITORY = Path(__file__).parent.parent
+Config = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Cluster:
+    """The repository's cluster, with names in place of placeholders."""
+    described = load_cluster(REPOSITORY / "cluster.toml")
+    names = {"image": "ami-1", "subnets": ("subnet-1",), "security_groups": ("sg-1",)}
+    return described.replace(storage="s3://ours/runs", aws=described.aws.replace(**names))
+
+
+@pytest.fixture
+def config(cluster: Cluster) -> Config:
+    return ray_on_aws(cluster)
+
+
+def test_the_kept_manifests_are_what_the_description_gives() -> None:
+    described = load_cluster(REPOSITORY / "cluster.toml")
+    assert read_config(REPOSITORY / "cluster.yaml") == as_read(ray_on_aws(described))
+    local = as_read(ray_on_this_machine(described))
+    assert read_config(REPOSITORY / "cluster.local.yaml") == local
+
+
+def as_read(document: Config) -> Config:
+    return json.loads(json.dumps(document))
+
+
+def test_ray_and_we_find_nothing_wrong(cluster: Cluster, config: Config) -> None:
+    assert list(problems(config)) == []
+    assert list(problems(ray_on_this_machine(cluster))) == []
+
+
+def test_placeholders_are_all_that_is_wrong_with_the_kept_manifest() -> None:
+    found = list(problems(read_config(REPOSITORY / "cluster.yaml")))
+    assert len(found) == 4
+    assert all("placeholder" in problem for problem in found)
+
+
+def test_gpus_are_spot_and_the_head_runs_no_stage(config: Config) -> None:
+    types = config["available_node_types"]
+    spot = {name for name in types if "InstanceMarketOptions" in types[name]["node_config"]}
+    assert spot == {"inference", "training"}
+    assert types["head"]["resources"] == {"CPU": 0}
+    assert types["decode"]["resources"].keys() == {"CPU"}
+    assert types["training"]["resources"]["training"] == types["training"]["resources"]["GPU"]
+    profiles = {name: types[name]["node_config"]["IamInstanceProfile"]["Name"] for name in types}
+    assert profiles["head"] not in {profiles[name] for name in types if name != "head"}
+    assert config["max_workers"] == sum(kind.get("max_workers", 0) for kind in types.values())
+
+
+def test_every_node_gets_the_same_variables_and_its_own_lock(config: Config) -> None:
+    gpus = [config["available_node_types"][n]["worker_setup_commands"] for n in GPU_GROUPS]
+    setups = ["\n".join(commands) for commands in (config["setup_commands"], *gpus)]
+    variables = [exported(setup) for setup in setups]
+    assert variables[0] == variables[1] == variables[2]
+    assert variables[0]["KDSCALE_STORAGE"] == "s3://ours/runs"
+    assert variables[0]["MLFLOW_TRACKING_URI"].startswith("http://")
+    assert "requirements.lock" in setups[0]
+    assert all("requirements-gpu.lock" in setup for setup in setups[1:])
+
+
+GPU_GROUPS = ("inference", "training")
+
+
+def test_locks_agree_on_every_version() -> None:
+    cpu, gpu = locked("requirements.lock"), locked("requirements-gpu.lock")
+    both = cpu.keys() & gpu.keys()
+    assert len(both) > 100
+    assert {name: cpu[name] for name in both} == {name: gpu[name] for name in both}
+    assert {"boto3", "colorful", "opencensus"} <= both  # of Ray's launcher and job server
+
+
+def locked(name: str) -> dict[str, str]:
+    """Returns the versions that a lock has for a node."""
+    lines = (REPOSITORY / name).read_text().splitlines()
+    wanted = [Requirement(line) for line in lines if not line.startswith("#")]
+    node = {"python_version": "3.11", "python_full_version": "3.11.9", "sys_platform": "linux"}
+    kept = [each for each in wanted if each.marker is None or each.marker.evaluate(node)]
+    return {each.name: str(each.specifier) for each in kept}
+
+
+def put(*path: Any, value: Any) -> Callable[[Config], None]:
+    def change(config: Config) -> None:
+        place: Any = config
+        for name in path[:-1]:
+            place = place[name]
+        place[path[-1]] = value
+
+    return change
+
+
+def without(old: str, new: str = "") -> Callable[[Config], None]:
+    def change(config: Config) -> None:
+        for holder in (config, *config["available_node_types"].values()):
+            for name in ("setup_commands", "worker_setup_commands", "head_start_ray_commands"):
+                if name in holder:
+                    holder[name] = [command.replace(old, new) for command in holder[name]]
+
+    return change
+
+
+NODE = ("available_node_types", "training", "node_config")
+WORLD = {"FromPort": 22, "ToPort": 22, "IpRanges": [{"CidrIp": "0.0.0.0/0"}]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put("provider", "use_internal_ips", value=False), "public address"),
+        (put("provider", "security_group", value={"IpPermissions": [WORLD]}), "open to the world"),
+        (put(*NODE, "SecurityGroupIds", value=[]), "training: give SecurityGroupIds"),
+        (
+            put(*NODE, "NetworkInterfaces", value=[{"AssociatePublicIpAddress": True}]),
+            "training: AssociatePublicIpAddress",
+        ),
+        (without("RAY_AUTH_MODE=token", "RAY_AUTH_MODE=disabled"), "head: .* RAY_AUTH_MODE=token"),
+        (put("file_mounts", value={}), "auth_token"),
+        (without("host=127.0.0.1", "host=0.0.0.0"), "dashboard-host"),
+        (put("idle_timeout_minutes", value=0), "idle_timeout_minutes"),
+        (put("setup_commands", value=[]), "decode: .* KDSCALE_STORAGE"),
+        (without("s3://ours/runs", "/data/runs"), "decode: /data/runs is this node's own disk"),
+        (without("requirements-gpu.lock", "requirements.lock"), "training: .*requirements-gpu"),
+        (put("available_node_types", "training", "spot", value=True), "Ray's schema: .*spot"),
+        (put("head_node_type", value="nobody"), "head_node_type"),
+        (put("provider", "type", value="gcp"), "gcp"),
+    ],
+)
+def test_what_would_cost_or_leak_is_named(
+    config: Config, change: Callable[[Config], None], message: str
+) -> None:
+    config = deepcopy(config)
+    change(config)
+    with pytest.raises(ClusterProblems, match=message):
+        check_config(config, "cluster.yaml")
+
+
+def test_a_node_without_a_role_cannot_reach_an_object_store(config: Config) -> None:
+    config = deepcopy(config)
+    del config["available_node_types"]["decode"]["node_config"]["IamInstanceProfile"]
+    assert list(problems(config)) == [
+        "decode: give an IamInstanceProfile that may use s3://ours/runs"
+    ]
+
+
+def test_a_mounted_path_is_a_storage(config: Config) -> None:
+    config = deepcopy(config)
+    without("s3://ours/runs", "/shared/runs")(config)
+    for holder in (config, *(config["available_node_types"][name] for name in GPU_GROUPS)):
+        name = "setup_commands" if holder is config else "worker_setup_commands"
+        holder[name].insert(0, "sudo mount -t nfs4 files.internal:/ /shared")
+    assert list(problems(config)) == []
+
+
+NO_GPU = {"instance_type": "x", "cpus": 4, "memory_gib": 8, "max_nodes": 2}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": "Kd Scale"}, "name"),
+        ({"idle_timeout_minutes": 0}, "idle_timeout_minutes"),
+        ({"groups": {"training": NO_GPU}}, "groups.training has 0 GPUs"),
+        ({"groups": {"decode": NO_GPU | {"min_nodes": 3}}}, "min_nodes=3 is above max_nodes=2"),
+        ({"subnet": "subnet-1"}, "subnet"),
+    ],
+)
+def test_descriptions_that_mean_nothing_are_refused(fields: Config, message: str) -> None:
+    described = load_cluster(REPOSITORY / "cluster.toml")
+    with pytest.raises(ConfigError, match=message):
+        Cluster(**described.model_dump() | fields)
+
+
+def test_ray_reads_the_same_nodes_from_the_manifest_for_kubernetes(cluster: Cluster) -> None:
+    from ray.autoscaler._private.kuberay.autoscaling_config import (
+        _derive_autoscaling_config_from_ray_cr,
+    )
+
+    job = yaml.safe_load(yaml.safe_dump(rayjob(cluster, "python sweeps/quickstart.py --seeds 0,1")))
+    spec = job["spec"]["rayClusterSpec"]
+    derived = _derive_autoscaling_config_from_ray_cr({"metadata": job["metadata"], "spec": spec})
+    types = derived["available_node_types"]
+    launcher = ray_on_aws(cluster)["available_node_types"]
+    for role in cluster.groups:
+        found = {name: n for name, n in types[role]["resources"].items() if name != "memory"}
+        assert found == launcher[role]["resources"]
+        assert types[role]["max_workers"] == launcher[role]["max_workers"]
+    assert types["headgroup"]["resources"]["CPU"] == 0
+    assert derived["idle_timeout_minutes"] == cluster.idle_timeout_minutes
+    assert spec["authOptions"] == {"mode": "token"}
+    assert job["spec"]["shutdownAfterJobFinishes"]
+    assert "--seeds 0,1" in job["spec"]["entrypoint"]
+    pods = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+    containers = [pod["template"]["spec"]["containers"][0] for pod in pods]
+    for container in containers:
+        variables = {each["name"]: each["value"] for each in container["env"]}
+        assert variables == cluster.environment()
+
+
+def test_a_cluster_is_as_large_as_it_may_become(
+    monkeypatch: pytest.MonkeyPatch, cluster: Cluster
+) -> None:
+    monkeypatch.setenv(GROWS_TO, cluster.environment()[GROWS_TO])
+    total, to_come = with_growth({"CPU": 0.0, "memory": 1e9}, growth())
+    assert total["GPU"] == 16 * 1 + 2 * 8
+    assert total["training"] == 2 * 8
+    assert total["memory"] == 1e9
+    assert max(node["CPU"] for node in to_come) == 184
+    assert on_gpus_for("training", 1.0) == {"training": 1.0}
+    assert on_gpus_for("training", 0.0) == {}
+
+
+def test_trainings_count_only_gpus_for_training(
+    monkeypatch: pytest.MonkeyPatch, cluster: Cluster
+) -> None:
+    from kdscale.sweep.fitting import concurrent_trials
+
+    monkeypatch.setenv(GROWS_TO, cluster.environment()[GROWS_TO])
+    total, nodes = with_growth({}, growth())
+    run = Execution(num_workers=12, gpus_per_worker=1, data_cpus=8)
+    train = stage_of(Distill(student="vit_t16", loss="clip", run=run))
+    assert concurrent_trials([train], total, nodes) == 1
+    embed = stage_of(Embed(teacher=TEACHERS["clip_b16"], data=DATA["cc12m"], run=run))
+    assert concurrent_trials([embed], total, nodes) == 1
+    larger = stage_of(train.recipe.replace(run=run.replace(num_workers=20)))
+    with pytest.raises(ImpossibleResources, match="20 GPUs for training, the cluster has 16"):
+        concurrent_trials([larger], total, nodes)
+
+
+def stage_of(recipe: Any) -> Any:
+    from kdscale.sweep.stage import Stage
+
+    fields: dict[str, Any] = dict.fromkeys(("total_steps", "flops", "bytes_out"))
+    named = {"kind": recipe.kind, "key": "k", "name": "n", "recipe": recipe, "inputs": ()}
+    return Stage(**named, reused=False, num_samples=8, **fields)
+
+
+def test_clusters_that_do_not_tell_gpus_apart_are_asked_for_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(GROWS_TO, raising=False)
+    assert growth() == ()
+    assert on_gpus_for("training", 1.0) == {}
+    monkeypatch.setenv(GROWS_TO, '[{"resources": {"CPU": 4}, "count": 2}]')
+    assert growth() == (NodeType(resources={"CPU": 4}, count=2),)
+    monkeypatch.setenv(GROWS_TO, "many")
+    with pytest.raises(ConfigError, match="many"):
+        growth()
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A directory with code, and what must not be sent with it."""
+    for name, size in (("sweep.py", 400), ("lib/a.py", 300), (".git/pack", 10**6), ("runs/x", 900)):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x" * size)
+    (tmp_path / ".gitignore").write_text("runs/\n")
+    return tmp_path
+
+
+def test_what_is_sent_is_what_ray_packs(project: Path, tmp_path_factory: Any) -> None:
+    from ray._private.ray_constants import get_runtime_env_default_excludes
+    from ray._private.runtime_env.packaging import create_package
+
+    upload = find_upload(project)
+    upload.check()
+    assert upload.files.keys() == {"sweep.py", "lib/a.py", ".gitignore"}
+    package = tmp_path_factory.mktemp("packed") / "package.zip"
+    excludes = get_runtime_env_default_excludes()
+    create_package(str(project), package, include_gitignore=True, excludes=excludes)
+    assert upload.size_bytes == pytest.approx(package.stat().st_size, abs=100)
+
+
+def test_what_is_too_big_is_named_and_may_be_left_out(project: Path) -> None:
+    for name in ("shards/00000.tar", "lib/weights.pt"):
+        path = project / name
+        path.parent.mkdir(exist_ok=True)
+        with path.open("wb") as file:
+            file.truncate(120 << 20)  # a hole: it takes no room
+    with pytest.raises(UploadTooBig, match=r"(?s)240\.0 MiB .* takes 100\.0 MiB") as found:
+        find_upload(project).check()
+    assert "shards/00000.tar" in str(found.value)
+    names = find_upload(project).superfluous()
+    assert sorted(names) == ["/lib/weights.pt", "/shards/"]
+    (project / ".rayignore").write_text("\n".join(names))
+    find_upload(project).check()
+    with pytest.raises(ConfigError, match="no directory"):
+        find_upload(project / "sweep.py")
