@@ -39,7 +39,8 @@ FENCE = re.compile(
     r"^(?:<!-- (?P<mark>[^\n]+?) -->\n+)?```(?P<lang>\w*)\n(?P<text>.*?)^```$", re.M | re.S
 )
 SHELL_LANGUAGES = ("bash", "sh", "console")
-WORDS = ("", "text", "dockerfile", "yaml")  # blocks that nothing here reads
+# Blocks that nothing here reads; the filters in SQL are run by tests/test_tracking_runs.py.
+WORDS = ("", "text", "dockerfile", "yaml", "sql")
 SPAN = re.compile(r"`([^`\n]+)`")
 
 # Bash itself takes the commands apart; every word that it would run is written down instead.
@@ -77,8 +78,9 @@ OTHERS = {
     "img2dataset": "downloads",
     "export": "sets the environment",
     "ray": "starts and ends clusters",
+    "mlflow": "shows runs; tests/test_tracking_runs.py reads them",
 }
-THEIR_OPTIONS = {"--force-quick-gelu"}
+THEIR_OPTIONS = {"--force-quick-gelu", "--tmux"}
 
 
 @dataclass(frozen=True)
