@@ -223,7 +223,7 @@ MINI_STUDENTS: dict[str, TowerSpec] = {
     "vit_s16": vit("mini ViT-S/16", width=96, **TINY),
     "vit_b16": vit("mini ViT-B/16", width=128, **TINY),
     "mobilevit_s": hierarchical("mini MobileViT", "mobilevit_xxs", 320, 0.972, 0.0418),
-    "swin_t": hierarchical("Swin-T at 64 px", "swin_tiny_patch4_window7_224", 768, 27.55, 0.712),
+    "swin_t": hierarchical("mini Swin", "swin_mini_patch4_window7_64", 192, 1.297, 0.0311),
     "convnext_t": hierarchical("mini ConvNeXt", "test_convnext2", 128, 0.357, 0.0162),
 }
 MINI_DATA: dict[str, DataSpec] = {

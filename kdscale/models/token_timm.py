@@ -14,6 +14,8 @@ from typing import Any
 from transformers import AutoConfig, AutoModel, TimmWrapperConfig, TimmWrapperModel
 from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperModelOutput
 
+import kdscale.models.mini_timm  # noqa: F401  # pyright: ignore[reportUnusedImport]
+
 
 class TokenTimmConfig(TimmWrapperConfig):
     """Config of `TokenTimmModel`, with what Llava asks of a vision config.

@@ -21,6 +21,7 @@ from open_clip.transformer import VisionTransformer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import kdscale.models.mini_timm  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from kdscale.core.config import STAGE_WEIGHTS, TowerSpec
 from kdscale.core.storage import Storage
 from kdscale.core.trained import epoch_suffix, trained_by
