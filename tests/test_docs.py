@@ -57,6 +57,7 @@ done
 # Of kdscale's own commands those that are not executed here: which, why, and what is done instead.
 HEAVY = (
     (("run",), "starts Ray", "planned"),
+    (("doctor",), "starts Ray", "parsed"),
     (("walk",), "takes true-size steps", "listed"),
     (("data", "bench"), "streams through Ray", "parsed"),
     (("evaluate", "--actors"), "starts Ray", "parsed"),
