@@ -34,7 +34,7 @@ from kdscale.cli_plan import (
     Yes,
     make_room,
     show,
-    without_redo,
+    to_run_again,
 )
 from kdscale.cli_request import (
     Request,
@@ -170,10 +170,10 @@ def sweep_command(action: Callable[..., None], usual: Scale | None = None) -> Ca
 def _run_command() -> str:
     """Returns the command that runs what this one was asked about, without passwords."""
     program, *options = map(redacted, sys.argv)
-    options = without_redo(options)
+    options = to_run_again(options)
     if Path(program).suffix == ".py":
         return shlex.join(["python", program, *options])
-    return shlex.join(["kdscale", "run", *(option for option in options[1:] if option != "--json")])
+    return shlex.join(["kdscale", "run", *options[1:]])
 
 
 def run_sweep(
@@ -279,8 +279,9 @@ def show_findings(request: Request, *, out: Page = None) -> None:
         console.rule(sweep.name)
         for finding in found:
             print_grid(finding_grid(finding), console)
-        command = request.command.replace("kdscale run", "kdscale findings", 1)
         if out is not None:
+            command = request.command.replace("kdscale run", "kdscale findings", 1)
+            command += f" --out {out}"
             for path in write_findings(out, sweep.name, sweep.question, found, command):
                 console.print(path)
 

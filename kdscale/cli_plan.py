@@ -91,11 +91,16 @@ def make_room(
     return again
 
 
-def without_redo(options: Sequence[str]) -> list[str]:
-    """Returns a command's options without those that do stages again: once is enough."""
+# What only other commands than `run` take, or `run` is to be told only once.
+FLAGS = ("--redo-dependants", "--yes", "--json", "--paper", "--all", "--dry-run")
+VALUED = ("--redo", "--why", "--out", "--older-than")
+
+
+def to_run_again(options: Sequence[str]) -> list[str]:
+    """Returns a command's options as `run` takes them, without those that do stages again."""
     kept: list[str] = []
     for before, option in zip(["", *options], options, strict=False):
-        once = option in ("--redo", "--redo-dependants", "--yes") or option.startswith("--redo=")
-        if not once and before != "--redo":
+        name = option.partition("=")[0]
+        if name not in (*FLAGS, *VALUED) and before not in VALUED:
             kept.append(option)
     return kept

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from kdscale import Distill, Sweep, choose
 from kdscale.cli import app, load_sweep
-from kdscale.cli_plan import without_redo
+from kdscale.cli_plan import to_run_again
 from kdscale.core.checkpoints import Checkpoints
 from kdscale.core.config import DataSpec, Execution
 from kdscale.core.lease import Lease
@@ -292,7 +292,7 @@ def test_the_command_of_a_report_does_nothing_again() -> None:
         "--set",
         "x=1",
     ]
-    assert without_redo(options) == ["a.py", "--set", "x=1"]
+    assert to_run_again(options) == ["a.py", "--set", "x=1"]
 
 
 def test_a_trial_waits_for_a_stage_that_is_to_be_done_again(tmp_path: Path) -> None:

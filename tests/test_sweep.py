@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -366,6 +368,29 @@ def test_the_command_of_a_report_holds_no_password(monkeypatch: pytest.MonkeyPat
     argv = ["kdscale", "report", "a.py", "--tracking-uri", "https://me:pass@host"]
     monkeypatch.setattr(sys, "argv", argv)
     assert _run_command() == "kdscale run a.py --tracking-uri 'https://***@host'"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "report {file} --seeds 0,1 --paper --out beside",
+        "report {file} --seeds 0,1 --paper --json",
+        "findings {file} --seeds 0,1 --out=findings.md",
+        "status {file} --seeds 0,1 --all",
+        "gc {file} --seeds 0,1 --older-than 3 --dry-run",
+        "plan {file} --why 0123 --seeds 0,1",
+        "run {file} --redo 0123 --redo-dependants --yes --seeds 0,1",
+    ],
+)
+def test_the_command_for_the_rest_is_one_that_run_takes(
+    line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = str(SWEEPS / "quickstart.py")
+    monkeypatch.setattr(sys, "argv", ["kdscale", *line.format(file=file).split()])
+    told = shlex.split(_run_command())
+    assert told == ["kdscale", "run", file, "--seeds", "0,1"]
+    command: Any = typer.main.get_command(app)
+    command.commands["run"].make_context("run", told[2:])  # refuses what it does not take
 
 
 def test_places_are_printed_as_they_are() -> None:

@@ -31,6 +31,7 @@ def _thing(same: str) -> Callable[[Scene, Draws, Pairs], Facts]:
     """Names a thing of the scene, and one that is not there but shares `same` with it."""
 
     def facts(scene: Scene, draws: Draws, pairs: Pairs) -> Facts:
+        """Draws the two names."""
         shown = {(thing.colour, thing.shape) for thing in scene.things}
         thing = draws.pick(scene.things)
         alike = tuple(

@@ -219,6 +219,7 @@ def accuracy_figure(report: Report, sweep: str) -> Figure | None:
     look = Look.of(report, sweep)
 
     def draw(axes: Any, panel: str) -> int:
+        """Draws one panel; returns its number of curves."""
         drawn = sum(
             _curve(axes, look, row, "zero_shot_top1", marker="o") for row in look.in_panel(panel)
         )

@@ -6,6 +6,7 @@ conclusions beside the numbers stay.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,7 +65,7 @@ def _mean(finding: Finding, row: str, column: str, digits: int) -> str:
     if found is None:
         return NONE
     half = found.half_width()
-    return f"{found.value:.{digits}f}" + (f" ± {half:.{digits}f}" if half == half else "")
+    return f"{found.value:.{digits}f}" + (f" ± {half:.{digits}f}" if math.isfinite(half) else "")
 
 
 def _words(judged: Judged, digits: int) -> Words:
@@ -112,7 +113,7 @@ def _draw(axes: Any, finding: Finding) -> None:
             if found is None:
                 continue
             half, colour = found.half_width(), COLOURS[index]
-            if half == half:
+            if math.isfinite(half):
                 ends = [found.value - half, found.value + half]
                 axes.plot(ends, [first + index] * 2, color=colour, linewidth=2)
             axes.plot(found.value, first + index, "o", color=colour, markersize=5)
