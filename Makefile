@@ -7,7 +7,7 @@ PYTEST := OMP_NUM_THREADS=1 RAY_worker_niceness=0 $(BIN)/python -m pytest
 export RAY_TRAIN_V2_ENABLED := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-fast lint type bench lock clean
+.PHONY: help setup quickstart test slow walk nightly test-fast lint type bench lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -33,6 +33,14 @@ test: setup ## the whole test suite but the slow part; tests that start Ray run 
 	$(PYTEST) -m "not ray and not slow and not gpu"; status=$$?; \
 	echo "==> waiting for the tests that start Ray"; \
 	wait $$ray || status=$$?; cat $$log; exit $$status
+
+slow: setup ## the tests that take longer: clusters, kills, the walk of every cell at true size
+	@$(PYTEST) -m "slow and not gpu"
+
+walk: setup ## one step of every cell of every table at true size; goes on where it was
+	@$(BIN)/kdscale walk sweeps/table*.py sweeps/figure*.py sweeps/control*.py --storage $(STORAGE)/walk
+
+nightly: test slow ## what is to run once a day
 
 test-fast: setup ## unmarked tests only
 	@$(PYTEST) -m "not slow and not gpu and not ray and not parity"

@@ -1,10 +1,16 @@
-"""The walk: each distinct build once, and every cell covered by one. Nothing is built here."""
+"""The walk: each distinct build once, and every cell covered by one.
+
+But for one slow test nothing is built here.
+"""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from kdscale import Distill, Sweep, Vlm, choose
@@ -75,3 +81,14 @@ def test_the_command_tells_what_covers_what(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
     assert document["covered"] == 0 < document["cells"] == len(document["builds"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2 * 3600)
+def test_every_cell_is_walked(tmp_path: Path) -> None:
+    """At true size: an hour on two cores, and 24 GB of memory."""
+    files = [file for kind in ("table", "figure", "control") for file in SWEEPS.glob(f"{kind}*.py")]
+    command = [str(Path(sys.executable).parent / "kdscale"), "walk", *map(str, sorted(files))]
+    subprocess.run([*command, "--storage", str(tmp_path)], check=True)
+    document = json.loads((tmp_path / "walk" / "summary.json").read_text())
+    assert document["covered"] == document["cells"] > 0

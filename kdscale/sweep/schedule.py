@@ -29,6 +29,7 @@ from kdscale.core.causes import final_cause, named_cause
 from kdscale.core.config import Embed
 from kdscale.core.eval_config import Cka
 from kdscale.core.lease import Lease
+from kdscale.core.memory import release_memory
 from kdscale.core.nodes import growth, with_growth
 from kdscale.core.stop import check_stop, forget_stop
 from kdscale.core.storage import Storage
@@ -263,6 +264,7 @@ def run_stages(path: Sequence[Stage], storage: Storage) -> None:
                         reopen_unless_finished(stage, storage)
                         forget_stop(stage.store(storage))
                     _run_in_turn(pending, tokens, storage)
+                    release_memory()
                 continue
         time.sleep(WAIT_FOR_WRITER_S * random.uniform(0.5, 1.5))  # two must not stay in step
 

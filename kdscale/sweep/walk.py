@@ -22,9 +22,10 @@ from kdscale.core.vlm_config import Evaluate
 from kdscale.sweep.plan import Plan, PlannedTrial, Stage
 
 SUMMARY = ("walk", "summary.json")
-CHANGED = "global batch 2, accumulation 1, fp32, 4 new tokens"
+CHANGED = "global batch 2, accumulation 1, bf16, 4 new tokens"
 WALK = TRUE_SIZE_CPU.replace(
     name="walk",
+    precision="bf16",
     gates=False,
     data={
         role: spec.replace(mini=spec.mini.replace(num_samples=16, samples_per_shard=16))
@@ -50,6 +51,10 @@ WALK = TRUE_SIZE_CPU.replace(
         for role, suite in MINI.suites.items()
     },
     sizes=Sizes(batch_divisor=2048),
+    vlm_sizes={
+        kind: sizes.replace(fields=sizes.fields | {"precision": "bf16"})
+        for kind, sizes in TRUE_SIZE_CPU.vlm_sizes.items()
+    },
     run=TRUE_SIZE_CPU.run.replace(num_workers=0),
 )
 # What may differ between cells without anything else being built.
