@@ -46,6 +46,7 @@ from kdscale.cli_request import (
     parse_settings,
 )
 from kdscale.cli_zero_shot import zero_shot
+from kdscale.core.redaction import redacted
 from kdscale.core.scale import Scale, scale_named
 from kdscale.core.storage import Storage
 from kdscale.core.types import ConfigError
@@ -53,7 +54,6 @@ from kdscale.sweep.budget import Limits
 from kdscale.sweep.grid import Sweep
 from kdscale.sweep.plan import make_plan
 from kdscale.sweep.prices import DEFAULT_ACCELERATOR, DEFAULT_EFFICIENCY, find_rates
-from kdscale.sweep.tracking import redacted
 from kdscale.sweep.walk import WALK, walk_of
 from kdscale.terminal import AsJson, StorageRoot, console, guarded
 

@@ -7,7 +7,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.config import JsonDict
 
-from kdscale.core.types import ConfigError, UnknownField
+from kdscale.core.types import ConfigError, UnknownField, refuse_secret
 
 NOT_IN_KEY: JsonDict = {"in_key": False}
 IN_KEY_UNLESS_DEFAULT: JsonDict = {"in_key": "unless default"}  # for fields that came later
@@ -32,13 +32,19 @@ class Choice:
 
 
 class Spec(BaseModel):
-    """Base of specs and recipes: frozen, keyword-only, closed to unknown fields."""
+    """Base of specs and recipes: frozen, keyword-only, closed to unknown fields.
+
+    What is in one is kept in records and manifests, so URLs in it may hold no secret.
+    """
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", arbitrary_types_allowed=True, protected_namespaces=()
     )
 
     def __init__(self, **fields: Any) -> None:
+        for name, value in fields.items():
+            if isinstance(value, str):
+                refuse_secret(f"{type(self).__name__}.{name}", value)
         try:
             super().__init__(**fields)
         except ValidationError as error:

@@ -24,7 +24,8 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from kdscale.core.types import StorageError
+from kdscale.core.redaction import redacted
+from kdscale.core.types import StorageError, refuse_secret
 
 
 class Storage:
@@ -35,9 +36,11 @@ class Storage:
 
     Raises:
         StorageError: No filesystem of that kind is known or installed.
+        SecretInUrl: The URL holds a password, which all that names a file would repeat.
     """
 
     def __init__(self, root: str) -> None:
+        refuse_secret("--storage", root)
         is_url = "://" in root
         self.root = root.rstrip("/") if is_url else os.path.abspath(os.path.expanduser(root))
         try:
@@ -261,7 +264,7 @@ class StageStore:
             message: For people.
             final: Whether another attempt would end in the same way.
         """
-        note = {"message": message, "final": final, "time": time.time()}
+        note = {"message": redacted(message), "final": final, "time": time.time()}
         self.storage.write_json(note, *self.parts, "FAILED")
 
     def failure(self) -> dict[str, Any] | None:

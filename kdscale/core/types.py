@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from kdscale.core.redaction import holds_secret, redacted
+
 
 class KdscaleError(Exception):
-    """Base of every error that kdscale raises on purpose."""
+    """Base of every error that kdscale raises on purpose; no secret of a URL is in its text."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(redacted(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class ConfigError(KdscaleError, ValueError):
     """A recipe, sweep or command line that cannot mean anything."""
+
+
+class SecretInUrl(ConfigError):
+    """A URL that holds a password or token where it would be kept, in manifests for example."""
 
 
 class UnknownName(ConfigError):
@@ -182,3 +191,20 @@ def _nearest(name: object, names: list[str]) -> str:
     near = get_close_matches(str(name), names, n=2)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     return f"{hint} Known: {', '.join(names)}."
+
+
+def refuse_secret(what: str, text: str) -> None:
+    """Refuses a URL with a password or token in it where it would be kept.
+
+    Args:
+        what: What was given it, for the error.
+        text: Any text.
+
+    Raises:
+        SecretInUrl: It holds one.
+    """
+    if holds_secret(text):
+        raise SecretInUrl(
+            f"{what} holds a secret: {text}; records and manifests would keep it. Take it out, and "
+            "give it by the environment or a file (docs/security.md)"
+        )

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import fsspec
 
-from kdscale.core.types import DataError, NoShards
+from kdscale.core.types import DataError, NoShards, refuse_secret
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")
@@ -82,7 +82,9 @@ def expand(urls: str) -> list[str]:
 
     Raises:
         NoShards: Nothing matches, or a part of the pattern does not.
+        SecretInUrl: The URL holds a password, which manifests would keep.
     """
+    refuse_secret("the pattern of the shards", urls)
     found: list[str] = []
     missing: list[str] = []
     listed: dict[str, set[str]] = {}

@@ -11,6 +11,7 @@ import socket
 import tempfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from kdscale.core.redaction import redacted
 from kdscale.core.storage import Storage
 from kdscale.core.types import StorageError
 
@@ -105,7 +107,7 @@ def guarded(name: str, check: Callable[[], Check]) -> Check:
     try:
         return check()
     except Exception as error:
-        found = f"{type(error).__name__}: {error}"
+        found = redacted(f"{type(error).__name__}: {error}")
         return Check(name=name, ok=False, found=found, advice="see the error")
 
 
@@ -186,8 +188,10 @@ def check_mlflow(uri: str | None) -> Check:
     """Asks an MLflow server whether it is well; a file or database needs no server."""
     if uri is None or not uri.startswith(("http://", "https://")):
         return Check(name="mlflow", ok=None, found="no server")
+    parts = urllib.parse.urlsplit(uri.rstrip("/"))
+    server = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
     try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=WAIT_S) as answer:
+        with urllib.request.urlopen(f"{server}/health", timeout=WAIT_S) as answer:
             ok = answer.status == 200
     except (urllib.error.URLError, OSError) as error:
         reason = getattr(error, "reason", error)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -22,6 +21,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from kdscale.core.redaction import redacted
 from kdscale.core.stop import stopped
 from kdscale.core.storage import Storage
 from kdscale.core.types import StorageError
@@ -73,11 +73,6 @@ def default_tracking_uri(storage: Storage) -> str:
     except OSError as error:
         raise StorageError(f"cannot make {root}: {error}; choose another --storage") from error
     return f"sqlite:///{root}/mlflow.db"
-
-
-def redacted(text: str) -> str:
-    """Hides user names and passwords in URLs, for what is printed or kept."""
-    return re.sub(r"://[^/\s]*@", "://***@", text)
 
 
 def viewing(uri: str) -> str:
