@@ -124,7 +124,9 @@ def export_hf(source_dir: str | Path, target_dir: str | Path) -> ExportReport:
         model, processor = load_vlm(source_dir, dtype="auto")
         # On the right, padding would part a batch's shorter prompts from their answers. The side
         # is saved only where the tokenizer was made with it.
-        processor.tokenizer = AutoTokenizer.from_pretrained(source_dir, padding_side="left")
+        processor.tokenizer = AutoTokenizer.from_pretrained(
+            source_dir, padding_side="left", trust_remote_code=False
+        )
         stock = not isinstance(model.config.vision_config, TokenTimmConfig)
         extra = None if stock else EXTRA_IMPORT
         save_vlm(model, processor, target)

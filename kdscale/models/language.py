@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from importlib.util import find_spec
+from pickle import UnpicklingError
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -81,7 +82,7 @@ def load_tokenizer(spec: LanguageModelSpec) -> PreTrainedTokenizerFast:
         )
     path = str(TOKENIZER_DIR / source) if source == "mini_lm" else source
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise WeightsError(f"tokenizer {source!r} cannot be loaded: {error}") from error
     if tokenizer.eos_token_id is None:
@@ -107,8 +108,10 @@ def _load_model(spec: LanguageModelSpec, dtype: torch.dtype, attention: str) -> 
         config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         return AutoModelForCausalLM.from_config(config, **options)
     try:
-        return AutoModelForCausalLM.from_pretrained(spec.weights, **options)
-    except (OSError, ValueError) as error:
+        return AutoModelForCausalLM.from_pretrained(
+            spec.weights, trust_remote_code=False, **options
+        )
+    except (OSError, ValueError, UnpicklingError) as error:
         raise WeightsError(
             f"weights {spec.weights!r} of {spec.name!r} cannot be loaded: {error}; set `weights` "
             "to a local directory in the hub's layout, or to 'random'"

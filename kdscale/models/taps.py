@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -242,10 +243,12 @@ def _from_transformers(spec: ImageModelSpec) -> ImageTower:
     source = spec.weights.removeprefix(HUB_PREFIX)
     try:
         loaded: Any = AutoModel.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True
+            source, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
-        processor = AutoImageProcessor.from_pretrained(source, backend="pil")
-    except (OSError, ValueError, RuntimeError) as error:
+        processor = AutoImageProcessor.from_pretrained(
+            source, backend="pil", trust_remote_code=False
+        )
+    except (OSError, ValueError, RuntimeError, UnpicklingError) as error:
         raise WeightsError(
             f"transformers cannot load {spec.name} from {source} with its image processor "
             f"({type(error).__name__}: {error})"

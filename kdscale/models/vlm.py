@@ -6,6 +6,7 @@ Shape suffixes: B batch, C channels, H height, W width, T tokens, D trunk width.
 from __future__ import annotations
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -269,9 +270,10 @@ def load_vlm(
             dtype=dtype,
             attn_implementation={"text_config": attention},
             output_loading_info=True,
+            trust_remote_code=False,
         )
-        processor = AutoProcessor.from_pretrained(directory, backend="pil")
-    except (OSError, ValueError) as error:
+        processor = AutoProcessor.from_pretrained(directory, backend="pil", trust_remote_code=False)
+    except (OSError, ValueError, UnpicklingError) as error:
         raise WeightsError(f"{directory} holds no vision-language model: {error}") from error
     model, found = loaded
     wrong = {name: values for name, values in found.items() if values}

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -90,7 +91,10 @@ class VlmRun(TrainerCallback):
             self.trainer = StageTrainer(built, micro, self.job.recipe, arguments, [self])
             if start < self.job.total_steps:
                 micro.source = self.meter.timed(batches(start))
-                self.trainer.train(resume_from_checkpoint=resumed)
+                try:
+                    self.trainer.train(resume_from_checkpoint=resumed)
+                except UnpicklingError as error:
+                    raise self.checkpoints.damaged(start, error) from error
                 self._check_end(self.trainer.state.global_step)
             elif resumed is not None:
                 self.trainer._load_from_checkpoint(resumed)
