@@ -7,7 +7,7 @@ PYTEST := OMP_NUM_THREADS=1 RAY_worker_niceness=0 $(BIN)/python -m pytest
 export RAY_TRAIN_V2_ENABLED := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test slow walk nightly test-fast lint type bench lock clean
+.PHONY: help setup quickstart test slow walk nightly test-fast lint type bench lock audit clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -62,6 +62,10 @@ lock: setup ## resolve pyproject.toml again into requirements.lock
 	@$(BIN)/uv pip compile --quiet --python-platform linux --python-version 3.11 \
 	  --no-emit-index-url --no-annotate --constraint requirements.lock --extra cluster --extra gpu \
 	  pyproject.toml --output-file requirements-gpu.lock --custom-compile-command "make lock"
+
+audit: setup ## known vulnerabilities of both locks; asks pypi.org, so it needs a network
+	@$(BIN)/uv tool run pip-audit@2.10.1 --no-deps --disable-pip --progress-spinner off \
+	  --requirement requirements.lock --requirement requirements-gpu.lock $(AUDIT)
 
 clean: ## remove the environment and caches, not the results
 	@rm -rf $(VENV) .pytest_cache .ruff_cache
