@@ -21,6 +21,7 @@ from kdscale.cli_data import data_app
 from kdscale.cli_doctor import doctor
 from kdscale.cli_evaluate import evaluate
 from kdscale.cli_export import export
+from kdscale.cli_logs import logs
 from kdscale.cli_plan import (
     AcceleratorName,
     Efficiency,
@@ -46,6 +47,7 @@ from kdscale.cli_request import (
     parse_settings,
 )
 from kdscale.cli_zero_shot import zero_shot
+from kdscale.core.redact import redacted
 from kdscale.core.scale import Scale, scale_named
 from kdscale.core.storage import Storage
 from kdscale.core.types import ConfigError
@@ -53,7 +55,6 @@ from kdscale.sweep.budget import Limits
 from kdscale.sweep.grid import Sweep
 from kdscale.sweep.plan import make_plan
 from kdscale.sweep.prices import DEFAULT_ACCELERATOR, DEFAULT_EFFICIENCY, find_rates
-from kdscale.sweep.tracking import redacted
 from kdscale.sweep.walk import WALK, walk_of
 from kdscale.terminal import AsJson, StorageRoot, console, guarded
 
@@ -349,6 +350,7 @@ app.command("plan")(sweep_command(show_plan))
 app.command("report")(sweep_command(show_report))
 app.command("findings")(sweep_command(show_findings))
 app.command("status")(sweep_command(show_status))
+app.command("logs")(logs)
 app.command("gc")(sweep_command(collect_garbage))
 app.command("doctor")(doctor)
 app.command("export")(export)

@@ -80,7 +80,7 @@ def execute(
     _print_place(console, "look", viewing(uri))
     for page in pages:
         _print_place(console, "table", address(uri, page))
-    raise_failures(failures)
+    raise_failures(failures, plan.storage)
     budget.raise_if_stopped()
 
 
