@@ -185,9 +185,8 @@ def _copies() -> list[_Copied]:
 
 def _handlers() -> Iterator[logging.StreamHandler[Any]]:
     """Yields the handlers of all loggers that write to a stream."""
-    loggers = [logging.getLogger(), *map(logging.getLogger, list(logging.root.manager.loggerDict))]
-    for logger in loggers:
-        for handler in logger.handlers:
+    for logger in [logging.root, *list(logging.root.manager.loggerDict.values())]:
+        for handler in getattr(logger, "handlers", ()):  # some only hold a name's place
             if isinstance(handler, logging.StreamHandler):
                 yield handler
 

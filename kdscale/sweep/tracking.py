@@ -56,7 +56,7 @@ KEY_TAG, TRIAL_TAG, SWEEP_TAG = "kdscale.key", "kdscale.trial", "kdscale.sweep"
 CREATED_TAG = "kdscale.created"
 PARENT_TAG = "mlflow.parentRunId"
 UNFOLDED = {"mlflow.runType": "evaluation"}  # MLflow's pages open the parents of such runs
-RUNS_A_PAGE = 1000
+RUNS_A_PAGE = 200  # which a server answers within the time-out above
 MAX_NAME = 250  # of a run, in MLflow's tables
 LOCAL_UI = "http://127.0.0.1:5000"
 
