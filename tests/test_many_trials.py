@@ -53,7 +53,7 @@ def test_a_stage_that_mlflow_has_costs_no_query_of_its_own(
 ) -> None:
     from mlflow import MlflowClient
 
-    study, uri = study_of(tmp_path / "store", 2), f"sqlite:///{tmp_path}/mlflow.db"
+    study, uri = study_of(tmp_path / "store", 1), f"sqlite:///{tmp_path}/mlflow.db"
     Tracker(uri, "little", study.plan).close()
     asked: Counter[str] = Counter()
     for name in ("search_runs", "get_run", "get_metric_history", "log_batch", "create_run"):
@@ -69,7 +69,7 @@ def test_stages_that_have_not_begun_cost_no_query_of_their_own(
 ) -> None:
     study = Study(tmp_path, [make_sweep(seeds=tuple(range(4)))])
     plan: Plan = study.plan
-    finish(plan.remaining()[0], study.storage, answers(3))
+    plan.remaining()[0].store(study.storage).finish({})
     asked: Counter[str] = Counter()
     follower = Follower(plan, Progress(Console(file=io.StringIO())))
     follower.look()
