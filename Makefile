@@ -7,7 +7,7 @@ PYTEST := OMP_NUM_THREADS=1 RAY_worker_niceness=0 $(BIN)/python -m pytest
 export RAY_TRAIN_V2_ENABLED := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test slow walk nightly test-fast lint type bench lock audit clean
+.PHONY: help setup quickstart test slow walk nightly test-fast lint type bench soak lock audit clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -40,7 +40,8 @@ slow: setup ## the tests that take longer: clusters, kills, the walk of every ce
 walk: setup ## one step of every cell of every table at true size; goes on where it was
 	@$(BIN)/kdscale walk sweeps/table*.py sweeps/figure*.py sweeps/control*.py --storage $(STORAGE)/walk
 
-nightly: test slow ## what is to run once a day
+nightly: test slow ## what is to run once a day: all tests, and an hour of sweeps back to back
+	@$(BIN)/python benchmarks/soak_sweeps.py --minutes 60
 
 test-fast: setup ## unmarked tests only
 	@$(PYTEST) -m "not slow and not gpu and not ray and not parity"
@@ -54,6 +55,9 @@ type: setup ## basedpyright
 
 bench: setup ## CPU benchmarks, each beside its baseline
 	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+soak: setup ## half an hour of sweeps back to back: memory and open files stay flat
+	@$(BIN)/python benchmarks/soak_sweeps.py --minutes 30
 
 lock: setup ## resolve pyproject.toml again into requirements.lock
 	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url \

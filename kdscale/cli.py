@@ -21,6 +21,7 @@ from kdscale.cli_data import data_app
 from kdscale.cli_doctor import doctor
 from kdscale.cli_evaluate import evaluate
 from kdscale.cli_export import export
+from kdscale.cli_logs import logs
 from kdscale.cli_plan import (
     AcceleratorName,
     Efficiency,
@@ -349,6 +350,7 @@ app.command("plan")(sweep_command(show_plan))
 app.command("report")(sweep_command(show_report))
 app.command("findings")(sweep_command(show_findings))
 app.command("status")(sweep_command(show_status))
+app.command("logs")(logs)
 app.command("gc")(sweep_command(collect_garbage))
 app.command("doctor")(doctor)
 app.command("export")(export)

@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
 # Brings cluster.local.yaml up on this machine, sends it a sweep in both ways, and takes it down.
-#   unshare --mount --pid --net --fork --kill-child --mount-proc tests/local_cluster.sh BIN WORK SWEEP
+#   unshare --mount --pid --net --fork --kill-child --mount-proc tests/local_cluster.sh BIN WORK SWEEP [OPTION ...]
 # BIN is the environment's, WORK an empty directory, SWEEP a file below this repository; seed 0 is
-# submitted by `ray submit`, seed 1 by `ray job submit`, and their stages are in WORK/home/kdscale-runs.
+# submitted by `ray submit`, seed 1 by `ray job submit`, each with the OPTIONs, and their stages are in
+# WORK/home/kdscale-runs.
 #
 # `ray stop`, which `ray up` and `ray down` run, ends every Ray process that it sees: in a process
 # namespace of its own it sees no others. So are the user, Ray's directory and the ports.
 set -euo pipefail
 [ $$ = 1 ] || { echo "run me in namespaces of my own: unshare, as above" >&2; exit 2; }
 bin=$1 work=$2 sweep=$3
+shift 3
 cd "$(dirname "$0")/.."
 home=$work/home
 mkdir -p "$home/.ssh" "$home/.kdscale" "$home/.ray" "$work/ray" /tmp/ray
@@ -41,6 +43,6 @@ launcher() { "$@" --cluster-name "$(basename "$work")"; }
 down() { launcher ray down -y cluster.local.yaml; }
 trap down EXIT
 launcher ray up -y cluster.local.yaml
-ray submit --cluster-name "$(basename "$work")" cluster.local.yaml "$sweep" -- --seeds 0
+ray submit --cluster-name "$(basename "$work")" cluster.local.yaml "$sweep" -- --seeds 0 "$@"
 echo "without the token: $(curl -s -o /dev/null -w '%{http_code}' http://127.0.0.1:8265/api/jobs/)"
-ray job submit --address http://127.0.0.1:8265 --working-dir . -- python "$sweep" --seeds 1
+ray job submit --address http://127.0.0.1:8265 --working-dir . -- python "$sweep" --seeds 1 "$@"

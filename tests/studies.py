@@ -134,7 +134,11 @@ class Study:
     def __init__(self, directory, sweeps):
         self.storage = Storage(str(directory / "store"))
         self.sweeps, self.scale = sweeps, make_scale(directory)
-        self.plan = make_plan(sweeps, self.storage, self.scale, {})
+        self.plan = self.planned()
+
+    def planned(self):
+        """Plans it anew, as another run does."""
+        return make_plan(self.sweeps, self.storage, self.scale, {})
 
     def stage(self, teacher, loss, seed=0):
         """Returns a trial's stage."""

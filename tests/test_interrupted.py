@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from test_study import SWEEP, Study, kill, runs_in
 
 from kdscale.core.journal import read_steps
 from kdscale.core.lease import Lease
+from kdscale.core.stage_log import LogReader
 from kdscale.core.storage import StageStore
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(2400)]
@@ -119,6 +121,9 @@ def test_a_sweep_survives_kills_of_its_driver_and_a_bug_in_one_trial(study: Stud
     assert {each.url(): files(each) for each in finished} == kept
     (poisoned,) = [each for each in stages(study) if not each.is_done()]
     assert (poisoned.failure() or {})["message"].startswith("RuntimeError: the well is poisoned")
+    log = "\n".join(line for lines in LogReader(poisoned).new_lines().values() for line in lines)
+    assert "worker0 on " in log
+    assert re.search(rf'File "{study.file}", line {LINE}, in poisoned', log)
     for each in stages(study):
         assert not Lease.seems_held(each)
         assert_one_writer_at_a_time(each)

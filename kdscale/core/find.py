@@ -1,4 +1,4 @@
-"""Finished stages by their keys, or by as much of a key as is unambiguous."""
+"""Stages by their keys, or by as much of a key as is unambiguous."""
 
 from __future__ import annotations
 
@@ -42,6 +42,24 @@ def find_stage(storage: Storage, key: str, kinds: Sequence[str], purpose: str) -
             "at `kdscale status SWEEP.py`"
         )
     return fitting[0]
+
+
+def find_any(storage: Storage, key: str) -> StageStore:
+    """Finds the stage that a key, or the beginning of one, names, finished or not.
+
+    Raises:
+        UnknownStage: No stage begins like that.
+        AmbiguousStage: Several do.
+    """
+    found = _beginning_with(storage, key)
+    if not found:
+        raise UnknownStage(
+            f"no stage in {storage.root} has a key that begins with {key}: none has been begun "
+            "there (--storage), or it was removed; `kdscale status SWEEP.py --all` names them"
+        )
+    if len(found) > 1:
+        raise AmbiguousStage(f"{key} may be {_listed(found)}; give more of the key")
+    return found[0]
 
 
 def _beginning_with(storage: Storage, key: str) -> list[StageStore]:

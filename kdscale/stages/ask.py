@@ -53,13 +53,15 @@ class Asker:
     ) -> None:
         recipe, place = jobs[0].recipe, device_for(device)
         self.jobs = jobs
+        self._logs = [job.log("actor", quiet=True) for job in jobs]
         check_precision(recipe.precision, place.type)
         if recipe.attention == "flash_attention_2":
             attention_for(recipe.attention, place, recipe.precision)
         logging.disable_progress_bar()  # its bar would cut through ours
-        model, processor = _loaded(
-            jobs[0].storage_root, recipe.model, recipe.precision, recipe.attention, str(place)
-        )
+        with self._logs[0]:
+            model, processor = _loaded(
+                jobs[0].storage_root, recipe.model, recipe.precision, recipe.attention, str(place)
+            )
         self.generator = Generator(
             model, processor, decode_any, batch_size=recipe.batch_size, threads=threads
         )
@@ -78,8 +80,13 @@ class Asker:
             AnswerFailed, WeightsError: As `kdscale.eval.generate.Generator`.
             StorageError: The file could not be written; nothing half-written remains.
         """
-        began = time.perf_counter()
         number, block = pickle.loads(packed)
+        with self._logs[number]:
+            return self._answer(number, block)
+
+    def _answer(self, number: int, block: Block) -> dict[str, Any]:
+        """Answers one block of a job."""
+        began = time.perf_counter()
         job = self.jobs[number]
         recipe = job.recipe
         try:

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import fsspec
@@ -50,6 +51,7 @@ def run_shards(
     """
     job.stage.forget_failure()
     clear_leftovers(job)
+    make = partial(Logged, job, make)
     run, journal = job.recipe.run or Execution(), JournalWriter(job.stage, 1)
     try:
         rows: Iterator[dict[str, Any]] = iter(())
@@ -72,6 +74,25 @@ def run_shards(
         from kdscale.stages.worker import raise_failed
 
         raise_failed([job], error)
+
+
+class Logged:
+    """What does one shard of a job, with a log of its own where it does so in an actor.
+
+    Args:
+        job: The job.
+        make: Gives the function that does one.
+    """
+
+    def __init__(self, job: ShardJob, make: Callable[[], Any]) -> None:
+        self._log = job.log("actor", quiet=True)
+        with self._log:
+            self._work = make()
+
+    def __call__(self, number: int) -> dict[str, Any]:
+        """Does one shard."""
+        with self._log:
+            return self._work(number)
 
 
 def threads_of(job: ShardJob | AnswersJob) -> int:

@@ -10,6 +10,7 @@ from kdscale.core.checkpoints import Checkpoints
 from kdscale.core.config import EMBED_STAGE, Distill, Embed
 from kdscale.core.eval_config import Cka
 from kdscale.core.keys import content_key
+from kdscale.core.stage_log import StageLog
 from kdscale.core.storage import StageStore, Storage
 from kdscale.core.trained import missing_epochs
 from kdscale.core.vlm_config import FEATURES_STAGE, Evaluate, Features, Language, VlmStage
@@ -29,12 +30,17 @@ class Job:
     kind: str
     key: str
     storage_root: str
+    record: dict[str, Any]
     lease: str | None
 
     @property
     def stage(self) -> StageStore:
         """The stage's directory."""
         return StageStore(Storage(self.storage_root), self.kind, self.key)
+
+    def log(self, who: str, *, quiet: bool = False) -> StageLog:
+        """Returns a process's part of this attempt's log; arguments as of `StageLog`."""
+        return StageLog(self.stage, who, title=self.record.get("name", ""), quiet=quiet)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from kdscale.core.checkpoints import Checkpoints
 from kdscale.core.config import Execution
 from kdscale.core.lease import check_lease
 from kdscale.core.nodes import on_gpus_for
+from kdscale.core.stage_log import StageLog
 from kdscale.core.stop import check_stop
 from kdscale.core.storage import StageStore
 from kdscale.core.types import OrderBroken, StageFailed, StageRefused, StageStopped
@@ -135,6 +136,8 @@ def raise_failed(jobs: Sequence[TrainJob | ShardJob | AnswersJob], error: Except
 
 def note_failure(stage: StageStore, error: Exception) -> None:
     """Notes in a stage why an attempt has ended, and whether another would end likewise."""
+    with StageLog(stage, "trial", quiet=True) as log:
+        log.tell(error)
     cause = final_cause(error)
     stage.fail(in_words(cause or error), final=cause is not None)
 
@@ -152,10 +155,12 @@ def embed(job: ShardJob) -> None:
     from kdscale.stages.by_shard import finish, run_shards, shards_of, threads_of
 
     started, summary = time.time(), "{}"
-    left, make = _left(job, threads_of(job))
-    for row in run_shards(job, left, make, len(shards_of(job))):
-        summary = row["summary"]
-    finish(job, json.loads(summary) if left else make().summary(), time.time() - started)
+    with job.log("trial") as log:
+        left, make = _left(job, threads_of(job))
+        for row in run_shards(job, left, make, len(shards_of(job))):
+            summary = row["summary"]
+        finish(job, json.loads(summary) if left else make().summary(), time.time() - started)
+        log.say("finished")
 
 
 def _left(job: ShardJob, threads: int) -> tuple[list[int], Callable[[], Any]]:
@@ -257,7 +262,8 @@ def _work(config: dict[str, Any]) -> None:
         check_lease(job.stage, job.lease)
     rank, size, device, report = _place(config["in_group"])
     first: _Started | None = None
-    with noting(jobs[0].stage):
+    log = jobs[0].log(f"worker{rank}", quiet=rank > 0)
+    with log, noting(jobs[0].stage):
         if isinstance(jobs[0], DistillJob):
             # Its stream starts its processes while this one imports the model libraries.
             first = _Started(jobs[0], rank)
@@ -269,12 +275,15 @@ def _work(config: dict[str, Any]) -> None:
         for job in jobs:
             if job.recipe.run is not None and job.recipe.run.threads_per_worker is not None:
                 torch.set_num_threads(job.recipe.run.threads_per_worker)
-            with noting(job.stage):
+            if job is not jobs[0]:
+                log = job.log(f"worker{rank}", quiet=rank > 0)
+            with log, noting(job.stage):
                 if asked_to_stop(job, world):
                     stop_at_checkpoint(job, world, Checkpoints(job.stage, keep=1))
                 attempt = _attempt_of(job)
                 stream = first if first is not None and first.job is job else _Started(job, rank)
                 attempt(job, world, report).train(stream.batches)
+                log.say("finished")
 
 
 def _attempt_of(job: TrainJob) -> Any:

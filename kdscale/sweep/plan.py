@@ -78,6 +78,12 @@ class Plan:
         """Returns the stages that have to be run."""
         return [stage for stage in self.stages.values() if not stage.reused]
 
+    def begun(self) -> set[str]:
+        """Returns the keys of its stages of which the storage has anything, by a listing a kind."""
+        kinds = {stage.kind for stage in self.stages.values()}
+        there = {(kind, key) for kind in kinds for key in self.storage.names("stages", kind)}
+        return {s.key for s in list(self.stages.values()) if (s.kind, s.key) in there}
+
     def document(self) -> dict[str, Any]:
         """Returns the plan as JSON: trials, stages, cost."""
         works = [stage.work for stage in self.stages.values()]

@@ -14,6 +14,7 @@ from rich.table import Table
 from kdscale.core.config import Distill
 from kdscale.core.journal import JournalReader, Line
 from kdscale.core.types import StorageError
+from kdscale.sweep.kept import is_finished
 from kdscale.sweep.naming import label
 from kdscale.sweep.plan import Plan, Stage
 from kdscale.sweep.tree import rounded, stage_tree
@@ -62,11 +63,15 @@ class Follower:
         self._plan, self._progress, self._every_s = plan, progress, every_s
         self._readers: dict[str, JournalReader] = {}
         self._failures: dict[str, Any] = {}
+        self._ended: set[str] = set()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, daemon=True, name="progress")
 
     def __enter__(self) -> Follower:
-        for stage in self._plan.remaining():
+        begun: set[str] = set()
+        with suppress(OSError, StorageError):
+            begun = self._plan.begun()
+        for stage in (stage for stage in self._plan.remaining() if stage.key in begun):
             store = stage.store(self._plan.storage)
             self._readers[stage.key] = reader = JournalReader(store)
             with suppress(OSError, StorageError):  # an earlier run has shown these
@@ -80,19 +85,31 @@ class Follower:
         self._thread.join()
 
     def look(self) -> None:
-        """Shows new lines and new failures; a storage fault is left to the next look."""
+        """Shows new lines and new failures; a storage fault is left to the next look.
+
+        Stages that have not begun or were seen to end cost no query each: there may be hundreds.
+        """
+        begun: set[str] = set()
+        with suppress(OSError, StorageError):
+            begun = self._plan.begun()
         for stage in self._plan.remaining():
-            with suppress(OSError, StorageError):
-                known = self._readers.setdefault(
-                    stage.key, JournalReader(stage.store(self._plan.storage))
-                )
-                for line in known.new_lines():
-                    self._progress.line(stage, line)
-                failure = stage.store(self._plan.storage).failure()
-                if failure and failure != self._failures.get(stage.key):
-                    text = escape(f"{stage.name}: {failure['message']}")
-                    self._progress.say(f"{stage.kind} [red]failed[/] {text}")
-                self._failures[stage.key] = failure
+            if stage.key in begun and stage.key not in self._ended:
+                with suppress(OSError, StorageError):
+                    self._look_at(stage)
+
+    def _look_at(self, stage: Stage) -> None:
+        """Shows what is new of one stage."""
+        store = stage.store(self._plan.storage)
+        is_over = is_finished(stage, self._plan.storage)  # before its last lines are read
+        for line in self._readers.setdefault(stage.key, JournalReader(store)).new_lines():
+            self._progress.line(stage, line)
+        failure = None if is_over else store.failure()
+        if failure and failure != self._failures.get(stage.key):
+            text = f"{stage.name}: {failure['message']} (kdscale logs {stage.key[:8]})"
+            self._progress.say(f"{stage.kind} [red]failed[/] {escape(text)}")
+        self._failures[stage.key] = failure
+        if is_over:
+            self._ended.add(stage.key)
 
     def _loop(self) -> None:
         while not self._stop.wait(self._every_s):

@@ -13,13 +13,14 @@ from kdscale.core.types import NoShards
 from kdscale.sweep.budget import NO_LIMITS, Budget, Limits
 from kdscale.sweep.chosen import is_left, split
 from kdscale.sweep.grid import Sweep
+from kdscale.sweep.mirror import Mirror
 from kdscale.sweep.plan import Plan
 from kdscale.sweep.progress import Follower, Progress, print_plan
 from kdscale.sweep.render import print_report
 from kdscale.sweep.report import build_report
 from kdscale.sweep.report_files import write_files
 from kdscale.sweep.tracked_facts import trial_scores
-from kdscale.sweep.tracking import Mirror, Tracker, address, default_tracking_uri, viewing
+from kdscale.sweep.tracking import Tracker, address, default_tracking_uri, viewing
 from kdscale.sweep.tree import rounded
 
 
@@ -80,7 +81,7 @@ def execute(
     _print_place(console, "look", viewing(uri))
     for page in pages:
         _print_place(console, "table", address(uri, page))
-    raise_failures(failures)
+    raise_failures(failures, plan.storage)
     budget.raise_if_stopped()
 
 

@@ -31,6 +31,7 @@ from kdscale.core.eval_config import Cka
 from kdscale.core.lease import Lease
 from kdscale.core.memory import release_memory
 from kdscale.core.nodes import growth, with_growth
+from kdscale.core.stage_log import logs_command
 from kdscale.core.stop import check_stop, forget_stop
 from kdscale.core.storage import Storage
 from kdscale.core.types import (
@@ -55,6 +56,7 @@ REFUSED = "refused"
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it would put each line into a stage's log twice
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -303,12 +305,13 @@ def _team(stage: Stage) -> tuple[bool, str]:
     return by_shard, "" if run is None else run.model_dump_json()
 
 
-def raise_failures(failures: Sequence[TrialFailure]) -> None:
+def raise_failures(failures: Sequence[TrialFailure], storage: Storage) -> None:
     """Raises one error for all failed trials.
 
     Raises:
-        StageFailed: Naming each trial and why.
+        StageFailed: Naming each trial and why, and how to read more.
     """
     if failures:
         lines = [f"  {f.trial.trial.name}: {f.message}" for f in failures]
+        lines += [f"a stage's log: {logs_command('KEY', storage)}"]
         raise StageFailed(f"{len(failures)} trial(s) failed:\n" + "\n".join(lines))

@@ -14,8 +14,9 @@ from rich.table import Table
 from kdscale.core.config import Execution
 from kdscale.core.journal import JournalReader, Line, read_steps
 from kdscale.core.lease import Lease
+from kdscale.core.stage_log import logs_command
 from kdscale.core.stop import stopped
-from kdscale.core.storage import Storage
+from kdscale.core.storage import StageStore, Storage
 from kdscale.core.types import StorageError
 from kdscale.sweep.budget import done_share, running_stages
 from kdscale.sweep.kept import is_finished
@@ -192,8 +193,13 @@ def stage_state(stage: Stage, storage: Storage) -> tuple[str, str]:
         return "done", ""
     if store.is_done():
         return "waiting", stage.note
+    return unfinished_state(store, stage.total_steps)
+
+
+def unfinished_state(store: StageStore, total_steps: int | None = None) -> tuple[str, str]:
+    """Returns state and detail of a stage that is not finished."""
     lines = read_steps(store)
-    detail = describe_line(lines[-1], stage.total_steps) if lines else ""
+    detail = describe_line(lines[-1], total_steps) if lines else ""
     if Lease.seems_held(store):
         return "running", detail
     note = stopped(store)
@@ -230,6 +236,9 @@ def print_status(status: SweepStatus, console: Console, *, every_stage: bool = F
             name, detail = escape(each.stage.name), escape(each.detail)
             table.add_row(each.stage.kind, name, each.stage.key, each.state, detail)
         console.print(table)
+    if troubled := [each for each in rows if each.state in ("failed", "interrupted")]:
+        command = logs_command(troubled[0].stage.key[:8], status.plan.storage)
+        console.print(f"what a stage has said: {escape(command)}", soft_wrap=True, highlight=False)
     print_to_choose(status.plan, console)
     console.print(summary(status))
 

@@ -39,14 +39,22 @@ NOTE = "mlflow.note.content"
 class StageRun:
     """Mirrors one stage's journal into its run.
 
+    Args:
+        client: MLflow's.
+        run_id: The run.
+        stage: The stage.
+        storage: The stage store.
+        known: The run as it was read lately, None to read it.
+
     Attributes:
-        evaluations: {step: journal line} of those that hold a point of a curve.
         epoch: The newest in the journal, counted from 1.
         status: How the run has ended, None while it goes on.
         note: Why it failed or was stopped.
     """
 
-    def __init__(self, client: Any, run_id: str, stage: Stage, storage: Storage) -> None:
+    def __init__(
+        self, client: Any, run_id: str, stage: Stage, storage: Storage, known: Any = None
+    ) -> None:
         self._client, self.run_id, self.stage, self._storage = client, run_id, stage, storage
         self._store = stage.store(storage)
         self._reader = JournalReader(self._store)
@@ -54,14 +62,25 @@ class StageRun:
         self._marker = "loss" if learns else "samples_per_s"
         self._unsent: list[Line] = []
         self._may_score = isinstance(stage.recipe, Answers)
-        self.evaluations: dict[int, Line] = {}
+        self._evaluations: dict[int, Line] = {}
         self.epoch = 1
         self.status: str | None = None
         self.note = ""
-        run = client.get_run(run_id)
+        run = known or client.get_run(run_id)
+        if run.info.status == FINISHED and is_finished(stage, storage):
+            self.status = FINISHED  # it has all that there is
+            return
         log_params(client, run_id, run.data.params, stage_params(stage.recipe))
         if run.info.status in (FAILED, STOPPED) and not self._store.is_done():
             client.update_run(run_id, "RUNNING")
+
+    @property
+    def evaluations(self) -> dict[int, Line]:
+        """{step: journal line} of those that hold a point of a curve."""
+        if self.status == FINISHED and not self._evaluations:
+            self._take(self._reader.new_lines())
+            self._unsent = []
+        return self._evaluations
 
     def send(self) -> None:
         """Sends new lines, keeping them for the next time where the server refuses."""
@@ -86,7 +105,7 @@ class StageRun:
         for line in lines:
             self.epoch = max(self.epoch, line.get("epoch", 0) + 1)
             if "epoch" in line and any(name in line for name in CURVES):
-                self.evaluations[line["step"]] = line
+                self._evaluations[line["step"]] = line
 
     def _send_lines(self) -> None:
         """Sends the lines that the run lacks."""
@@ -152,10 +171,9 @@ class StageRun:
 class TrialRun:
     """Tells of one trial what the journals and the report say."""
 
-    def __init__(self, client: Any, run_id: str) -> None:
-        self._client, self.run_id = client, run_id
+    def __init__(self, client: Any, run_id: str, status: str | None = None) -> None:
+        self._client, self.run_id, self.status = client, run_id, status
         self._known: dict[str, set[int]] = {}
-        self.status: str | None = None
 
     def plot(self, points: Iterable[Point]) -> None:
         """Sends the points of the curves that the run lacks; a step is an epoch."""
@@ -182,6 +200,8 @@ class TrialRun:
         """Sends the values that are new or have changed: a control may have come later."""
         from mlflow.entities import Metric
 
+        if not values:
+            return
         run = self._client.get_run(self.run_id)
         first, now = run.info.end_time or run.info.start_time, int(1000 * time.time())
         known = run.data.metrics

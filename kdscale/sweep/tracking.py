@@ -16,14 +16,14 @@ import os
 import shlex
 import shutil
 import sys
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from kdscale.core.redaction import redacted
 from kdscale.core.stop import stopped
-from kdscale.core.storage import Storage
+from kdscale.core.storage import StageStore, Storage
 from kdscale.core.types import StorageError
 from kdscale.sweep.plan import Plan, PlannedTrial, Stage
 from kdscale.sweep.tracked import (
@@ -52,11 +52,11 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
-logger = logging.getLogger(__name__)
 KEY_TAG, TRIAL_TAG, SWEEP_TAG = "kdscale.key", "kdscale.trial", "kdscale.sweep"
 CREATED_TAG = "kdscale.created"
 PARENT_TAG = "mlflow.parentRunId"
 UNFOLDED = {"mlflow.runType": "evaluation"}  # MLflow's pages open the parents of such runs
+RUNS_A_PAGE = 200  # which a server answers within the time-out above
 MAX_NAME = 250  # of a run, in MLflow's tables
 LOCAL_UI = "http://127.0.0.1:5000"
 
@@ -113,7 +113,9 @@ class Tracker:
         self._client = MlflowClient(tracking_uri=uri)
         self.sweep, self._plan = sweep, plan
         self._experiment = self._find_experiment(uri, f"{question.strip()}\n\n    {command}")
-        self._parent = self._find_or_create({SWEEP_TAG: sweep}, sweep, {"level": "sweep"}, None)
+        self._known = self._runs()
+        own = self._find_or_create((SWEEP_TAG, sweep), sweep, {"level": "sweep"}, None)
+        self._parent: str = own.info.run_id
         self._stages: dict[str, StageRun] = {}
         self._parents: dict[str, str] = {}
         self._trials: dict[str, TrialRun] = {}
@@ -130,7 +132,7 @@ class Tracker:
 
     def sync(self) -> None:
         """Sends what the journals hold and MLflow lacks."""
-        trials = self._own_trials()
+        trials, begun = self._own_trials(), self._plan.begun()
         users: dict[str, list[PlannedTrial]] = {}
         for trial in trials:
             for key in trial.path:
@@ -138,7 +140,7 @@ class Tracker:
         for key, through in users.items():
             stage = self._plan.stages[key]
             run = self._stages.get(key)
-            if run is None and not stage.store(self._plan.storage).has_started():
+            if run is None and not (key in begun and self._has_started(stage)):
                 continue
             owner = through[0] if len(through) == 1 else _whose_outcome(through, key)
             parent = self._parent if owner is None else self._trial(owner, stage).run_id
@@ -175,6 +177,10 @@ class Tracker:
         status = FINISHED if all(map(self._has_ended, self._own_stages())) else FAILED
         if self._client.get_run(self._parent).info.status != status:
             self._client.set_terminated(self._parent, status)
+
+    def _has_started(self, stage: Stage) -> bool:
+        """Tells whether there is anything to track of a stage."""
+        return stage.store(self._plan.storage).has_started()
 
     def _has_ended(self, stage: Stage) -> bool:
         """Tells whether a stage is finished, or it or one of its inputs was stopped early."""
@@ -217,12 +223,13 @@ class Tracker:
         return found.experiment_id
 
     def _find_or_create(
-        self, identity: dict[str, str], name: str, tags: dict[str, str], start_ms: int | None
-    ) -> str:
-        """Returns the run with these tags, creating it at most once."""
-        found = self._oldest(identity)
+        self, identity: tuple[str, str], name: str, tags: dict[str, str], store: StageStore | None
+    ) -> Any:
+        """Returns the run with this tag, creating it at most once; it begins as its stage did."""
+        found = self._known.pop(identity, None) or self._oldest(identity)
         if found is not None:
             return found
+        start_ms = None if store is None else started_ms(store)
         common = {
             "sweep": self.sweep,
             "mlflow.source.name": f"kdscale run {self.sweep}",
@@ -230,19 +237,38 @@ class Tracker:
             CREATED_TAG: str(time.time_ns()),
         }
         own = self._client.create_run(
-            self._experiment, start_ms, {**common, **tags, **identity}, name[:MAX_NAME]
+            self._experiment, start_ms, {**common, **tags, **dict([identity])}, name[:MAX_NAME]
         )
-        kept = self._oldest(identity) or own.info.run_id
-        if kept != own.info.run_id:  # another driver was as quick
+        kept = self._oldest(identity) or own
+        if kept.info.run_id != own.info.run_id:  # another driver was as quick
             self._client.delete_run(own.info.run_id)
         return kept
 
-    def _oldest(self, identity: dict[str, str]) -> str | None:
-        """Returns the run with these tags that was created first, the same for all who ask."""
-        query = " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in identity.items())
-        found = self._client.search_runs([self._experiment], query)
-        runs = sorted((int(run.data.tags.get(CREATED_TAG, 0)), run.info.run_id) for run in found)
-        return runs[0][1] if runs else None
+    def _runs(self) -> dict[tuple[str, str], Any]:
+        """Returns this plan's runs by what tells them apart, of several the oldest.
+
+        A study that is run again finds hundreds of runs: one query for all, not some for each.
+        """
+        own = {(SWEEP_TAG, self.sweep)} | {(KEY_TAG, key) for key in self._plan.stages}
+        own |= {(TRIAL_TAG, trial.student) for trial in self._own_trials()}
+        found: dict[tuple[str, str], Any] = {}
+        token: str | None = ""
+        while token is not None:
+            page = self._client.search_runs(
+                [self._experiment], max_results=RUNS_A_PAGE, page_token=token or None
+            )
+            for run in page:
+                for identity in own & run.data.tags.items():
+                    kept = found.setdefault(identity, run)
+                    found[identity] = min(kept, run, key=_created)
+            token = page.token or None
+        return found
+
+    def _oldest(self, identity: tuple[str, str]) -> Any:
+        """Returns the run with this tag that was created first, the same for all who ask."""
+        tag, value = identity
+        found = self._client.search_runs([self._experiment], f"tags.`{tag}` = '{value}'")
+        return min(found, key=_created, default=None)
 
     def _open(self, stage: Stage, parent: str, owner: PlannedTrial | None) -> StageRun:
         """Finds or creates a stage's run."""
@@ -259,10 +285,9 @@ class Tracker:
             "storage": store.url(),
         }
         name = f"{stage.kind}: {stage.name}"
-        run_id = self._find_or_create({KEY_TAG: stage.key}, name, tags, started_ms(store))
-        known = self._client.get_run(run_id).data.tags
-        self._parents[stage.key] = known.get(PARENT_TAG, "")
-        return StageRun(self._client, run_id, stage, self._plan.storage)
+        run = self._find_or_create((KEY_TAG, stage.key), name, tags, store)
+        self._parents[stage.key] = run.data.tags.get(PARENT_TAG, "")
+        return StageRun(self._client, run.info.run_id, stage, self._plan.storage, run)
 
     def _move(self, run: StageRun, parent: str) -> None:
         """Moves a stage's run below another one: a trial may have come that shares the stage."""
@@ -277,14 +302,16 @@ class Tracker:
             return found
         params = trial_params(trial, self._plan)
         tags = {"level": "trial", PARENT_TAG: self._parent, **UNFOLDED, **trial_tags(params)}
-        start = started_ms(stage.store(self._plan.storage))
-        run_id = self._find_or_create({TRIAL_TAG: trial.student}, trial.trial.name, tags, start)
-        run = self._client.get_run(run_id)
-        log_params(self._client, run_id, run.data.params, params)
-        log_dataset(self._client, run, dataset_of(trial, self._plan))
-        if run.info.status in (FAILED, STOPPED):
+        identity, store = (TRIAL_TAG, trial.student), stage.store(self._plan.storage)
+        run = self._find_or_create(identity, trial.trial.name, tags, store)
+        run_id, status = run.info.run_id, run.info.status
+        if status != FINISHED:
+            log_params(self._client, run_id, run.data.params, params)
+            log_dataset(self._client, run, dataset_of(trial, self._plan))
+        if status in (FAILED, STOPPED):
             self._client.update_run(run_id, "RUNNING")
-        self._trials[trial.student] = TrialRun(self._client, run_id)
+        ended = status if status == FINISHED else None
+        self._trials[trial.student] = TrialRun(self._client, run_id, ended)
         return self._trials[trial.student]
 
     def _sync_trial(self, trial: PlannedTrial) -> None:
@@ -313,76 +340,11 @@ class Tracker:
         run.end(status, "; ".join(notes), ended_ms(outcome), trial_document(trial, self._plan))
 
 
+def _created(run: Any) -> tuple[int, str]:
+    """Returns what the oldest of runs is told by, the same for all who ask."""
+    return int(run.data.tags.get(CREATED_TAG, 0)), run.info.run_id
+
+
 def _whose_outcome(trials: Sequence[PlannedTrial], key: str) -> PlannedTrial | None:
     """Returns the first of a stage's trials of which it is the outcome."""
     return next((trial for trial in trials if trial.key == key), None)
-
-
-class Mirror:
-    """Keeps MLflow up to date from a thread, whatever happens to the server.
-
-    Args:
-        make_trackers: Connects; called again until it works.
-        every_s: Seconds between synchronisations.
-    """
-
-    def __init__(self, make_trackers: Callable[[], list[Tracker]], every_s: float = 2.0) -> None:
-        self._make, self._every_s = make_trackers, every_s
-        self._trackers: list[Tracker] = []
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._loop, daemon=True, name="mlflow")
-        self._warned = False
-
-    def __enter__(self) -> Mirror:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def publish(
-        self, sweep: str, files: Mapping[str, str], scores: Mapping[str, Mapping[str, float]]
-    ) -> str:
-        """Ends a sweep's finished runs and attaches its report; a lost server is only a warning.
-
-        Args:
-            sweep: Its name.
-            files: {artifact name: local path}.
-            scores: {trial's name: {metric: value}}.
-
-        Returns:
-            The page of the sweep's trials below the server's address; empty where it is lost.
-        """
-        page = ""
-        try:
-            for tracker in self._connected():
-                if tracker.sweep == sweep:
-                    tracker.close(files, scores)
-                    page = tracker.page
-        except Exception as error:
-            reason = redacted(str(error))
-            logger.warning("MLflow is not reachable, the report stays in storage: %s", reason)
-        return page
-
-    def _connected(self) -> list[Tracker]:
-        """Returns the trackers, connecting if that has not worked yet."""
-        if not self._trackers:
-            self._trackers = self._make()
-        return self._trackers
-
-    def _loop(self) -> None:
-        while not self._stop.wait(self._every_s):
-            self._sync()
-        self._sync()
-
-    def _sync(self) -> None:
-        try:
-            for tracker in self._connected():
-                tracker.sync()
-            self._warned = False
-        except Exception as error:  # the server's faults must not stop training
-            if not self._warned:
-                reason = redacted(str(error))
-                logger.warning("MLflow is not reachable, metrics wait in storage: %s", reason)
-            self._warned = True
