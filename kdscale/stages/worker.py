@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -20,25 +19,19 @@ import torch
 
 from kdscale.core.causes import final_cause, in_words, note_place
 from kdscale.core.checkpoints import Checkpoints
-from kdscale.core.config import Execution
 from kdscale.core.lease import check_lease
 from kdscale.core.nodes import on_gpus_for
+from kdscale.core.signals import was_noticed
 from kdscale.core.stop import check_stop
 from kdscale.core.storage import StageStore
 from kdscale.core.types import OrderBroken, StageFailed, StageRefused, StageStopped
-from kdscale.data.instruct_stream import InstructStream, instruct_dataset
-from kdscale.data.stream import (
-    TrainStream,
-    data_config,
-    execution_options,
-    quiet,
-    train_dataset,
-)
+from kdscale.data.instruct_stream import InstructStream
+from kdscale.data.stream import TrainStream, quiet
+from kdscale.stages.group import StreamJob, TrainJob, is_leaving, make_trainer
 from kdscale.stages.jobs import (
     AnswersJob,
     CkaJob,
     DistillJob,
-    EvaluateJob,
     FeaturesJob,
     GateJob,
     LanguageJob,
@@ -47,14 +40,12 @@ from kdscale.stages.jobs import (
 )
 from kdscale.stages.streams import instruct_config, stream_config
 
-StreamJob = DistillJob | VlmJob
-TrainJob = StreamJob | EvaluateJob | CkaJob | GateJob | LanguageJob
-
-HEALTH_CHECK_INTERVAL_S = "0.2"
-
 
 def fit(jobs: Sequence[TrainJob]) -> None:
     """Runs stages one after the other in one group of workers, each until it is finished.
+
+    Where a worker or its node is to go away soon, all write a checkpoint and end before the stages
+    are finished: another call goes on from there.
 
     Starting processes costs more than a short stage, so a trial's stages share them. A stream is
     made anew whenever a worker group starts, from the newest checkpoint's step; a killed worker
@@ -68,16 +59,13 @@ def fit(jobs: Sequence[TrainJob]) -> None:
         StageRefused: At the first failure that another attempt would meet again.
         StageStopped: If a stage was asked to; the jobs after it have not been begun.
     """
-    run = jobs[0].recipe.run
-    assert run is not None
     for job in jobs:
         job.stage.forget_failure()
         if isinstance(job, DistillJob):
             job.rewind()
     failure: Exception | None = None
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", HEALTH_CHECK_INTERVAL_S)
     with tempfile.TemporaryDirectory() as bookkeeping:  # Ray Train's own; nothing reads it
-        trainer = _trainer(jobs, run, bookkeeping)
+        trainer = make_trainer(_work, jobs, bookkeeping)
         try:
             trainer.fit()
         except Exception as error:
@@ -86,24 +74,6 @@ def fit(jobs: Sequence[TrainJob]) -> None:
     for job in jobs:
         if not job.stage.is_done():
             check_stop(job.stage, job.lease)
-
-
-def _trainer(
-    jobs: Sequence[TrainJob], run: Execution, bookkeeping: str
-) -> ray.train.torch.TorchTrainer:
-    """Makes the group of workers that runs the jobs."""
-    return ray.train.torch.TorchTrainer(
-        _work,
-        train_loop_config={"jobs": list(jobs), "in_group": run.num_workers > 0},
-        scaling_config=_scaling(run),
-        datasets={job.key: _dataset_from_cursor(job) for job in jobs if isinstance(job, StreamJob)},
-        dataset_config=data_config(run.data_cpus),
-        run_config=ray.train.RunConfig(
-            name=jobs[-1].key,
-            storage_path=bookkeeping,
-            failure_config=ray.train.FailureConfig(max_failures=run.max_failures),
-        ),
-    )
 
 
 def raise_failed(jobs: Sequence[TrainJob | ShardJob | AnswersJob], error: Exception | None) -> None:
@@ -215,38 +185,6 @@ def actor_map(
     yield from dataset.iter_rows()
 
 
-def _scaling(run: Execution) -> ray.train.ScalingConfig:
-    """Translates an execution into Ray Train's terms."""
-    resources = {"CPU": run.cpus_per_worker}
-    if run.gpus_per_worker:
-        resources["GPU"] = run.gpus_per_worker
-        resources |= on_gpus_for("training", run.gpus_per_worker)
-    return ray.train.ScalingConfig(
-        num_workers=run.num_workers,
-        use_gpu=run.gpus_per_worker > 0,
-        resources_per_worker=resources,
-    )
-
-
-def _dataset_from_cursor(job: StreamJob) -> Callable[[], Any]:
-    """Returns a function that makes the stream from the newest checkpoint on."""
-
-    def make() -> Any:
-        """Makes it, when a group of workers starts."""
-        # A stage that has all its steps reads no stream, but Ray wants one to exist.
-        start = min(Checkpoints(job.stage, keep=1).latest_step(), job.total_steps - 1)
-        if isinstance(job, VlmJob):
-            dataset = instruct_dataset(replace(instruct_config(job), start_step=start))
-        else:
-            dataset = train_dataset(replace(stream_config(job), start_step=start))
-        # Local mode has no DataConfig, so the dataset carries its own budget.
-        assert job.recipe.run is not None
-        dataset.context.execution_options = execution_options(job.recipe.run.data_cpus)
-        return dataset
-
-    return make
-
-
 def _work(config: dict[str, Any]) -> None:
     """Runs on every worker, the only process that needs the model libraries."""
     jobs = [job for job in config["jobs"] if not job.stage.is_done()]
@@ -262,15 +200,16 @@ def _work(config: dict[str, Any]) -> None:
             # Its stream starts its processes while this one imports the model libraries.
             first = _Started(jobs[0], rank)
         from kdscale.stages.loop import World
-        from kdscale.stages.stop import asked_to_stop, stop_at_checkpoint
+        from kdscale.stages.stop import Requests, stop_at_checkpoint
 
-    world = World(rank=rank, size=size, device=device)
+    noticed = is_leaving if config["in_group"] else was_noticed
+    world = World(rank=rank, size=size, device=device, noticed=noticed)
     with suppress(StageStopped):  # `fit` tells of it
         for job in jobs:
             if job.recipe.run is not None and job.recipe.run.threads_per_worker is not None:
                 torch.set_num_threads(job.recipe.run.threads_per_worker)
             with noting(job.stage):
-                if asked_to_stop(job, world):
+                if Requests(job, world).have_come(look=True):
                     stop_at_checkpoint(job, world, Checkpoints(job.stage, keep=1))
                 attempt = _attempt_of(job)
                 stream = first if first is not None and first.job is job else _Started(job, rank)

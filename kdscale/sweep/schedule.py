@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -31,6 +32,7 @@ from kdscale.core.eval_config import Cka
 from kdscale.core.lease import Lease
 from kdscale.core.memory import release_memory
 from kdscale.core.nodes import growth, with_growth
+from kdscale.core.signals import own_handlers
 from kdscale.core.stop import check_stop, forget_stop
 from kdscale.core.storage import Storage
 from kdscale.core.types import (
@@ -58,6 +60,7 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # signals are ours: `kdscale.sweep.interrupt`
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
 
@@ -94,7 +97,8 @@ def start_ray() -> None:
         options["runtime_env"] = {"env_vars": QUIET}
     for attempt in range(START_ATTEMPTS):
         try:
-            ray.init(**options)
+            with own_handlers(signal.SIGTERM):  # Ray puts its own in their place
+                ray.init(**options)
             return
         except Exception as error:  # a busy machine misses Ray's own fixed start-up limits
             ray.shutdown()
@@ -127,8 +131,12 @@ def cluster_resources() -> tuple[dict[str, float], list[dict[str, float]]]:
     return total, there + to_come
 
 
-def run_plan(plan: Plan) -> list[TrialFailure]:
+def run_plan(plan: Plan, run: str = "") -> list[TrialFailure]:
     """Runs every unfinished stage of a plan under Ray Tune.
+
+    Args:
+        plan: What to run.
+        run: Name under which all of it may be asked to stop.
 
     Returns:
         Trials that failed; the others are finished.
@@ -144,7 +152,7 @@ def run_plan(plan: Plan) -> list[TrialFailure]:
     concurrency = concurrent_trials(plan.remaining(), *cluster_resources())
     plan = sharing_cores(plan, min(concurrency, len(waiting)), os.cpu_count() or 1)
     trainable = ray.tune.with_resources(
-        ray.tune.with_parameters(_run_trial, plan=plan), trial_resources(plan.remaining())
+        ray.tune.with_parameters(_run_trial, plan=plan, run=run), trial_resources(plan.remaining())
     )
     with tempfile.TemporaryDirectory() as scratch:
         tuner = ray.tune.Tuner(
@@ -219,11 +227,11 @@ def last_line(error: BaseException) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def _run_trial(config: dict[str, Any], plan: Plan) -> dict[str, Any]:
+def _run_trial(config: dict[str, Any], plan: Plan, run: str = "") -> dict[str, Any]:
     """Walks a trial's path; runs on a Tune actor that takes no resources itself."""
     trial = waiting_trials(plan)[config["trial"]]
     try:
-        run_stages([plan.stages[key] for key in trial.path], plan.storage)
+        run_stages([plan.stages[key] for key in trial.path], plan.storage, run)
     except StageStopped:
         pass  # whoever asked for it tells of it
     except KdscaleError as error:
@@ -241,8 +249,15 @@ def refusal(error: KdscaleError) -> str:
     return str(error)
 
 
-def run_stages(path: Sequence[Stage], storage: Storage) -> None:
+def run_stages(path: Sequence[Stage], storage: Storage, run: str = "") -> None:
     """Runs what is unfinished of a path, in one group of workers; waits for other writers.
+
+    Workers that must go away soon end early, and the path is taken up again at once.
+
+    Args:
+        path: Stages, in order.
+        storage: Where they are.
+        run: Name under which the driver's run may be asked to stop.
 
     Raises:
         StageFailed: If the workers failed; StageRefused where they would fail again.
@@ -252,8 +267,8 @@ def run_stages(path: Sequence[Stage], storage: Storage) -> None:
         with ExitStack() as leases, suppress(LeaseLost):  # then another writer is waited for
             tokens: list[str] = []
             for stage in pending:
-                check_stop(stage.store(storage))
-                lease = Lease.acquire(stage.store(storage))
+                check_stop(stage.store(storage), run)
+                lease = Lease.acquire(stage.store(storage), run)
                 if lease is None:
                     break
                 tokens.append(leases.enter_context(lease).token)  # it beats from here on
