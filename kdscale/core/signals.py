@@ -14,7 +14,7 @@ class Notice:
     """A signal handler that only notes the first signal; the second one ends the process.
 
     Attributes:
-        name: Of the signal that has come, empty while none has.
+        name: Of the signal that has come, or another reason; empty while none has.
     """
 
     def __init__(self) -> None:
@@ -36,10 +36,26 @@ def take_notice(*numbers: signal.Signals) -> Notice:
     return notice
 
 
+def note(reason: str) -> None:
+    """Notes in a process that takes notice what no signal has told."""
+    found = signal.getsignal(signal.SIGTERM)
+    if isinstance(found, Notice):
+        found.name = found.name or reason
+
+
 def was_noticed() -> bool:
     """Tells whether SIGTERM has come to a process that notes it; from any of its threads."""
     found = signal.getsignal(signal.SIGTERM)
     return isinstance(found, Notice) and bool(found.name)
+
+
+@contextmanager
+def notice_kept() -> Generator[None]:
+    """Puts a notice of SIGTERM back, on leaving, that a library has put its own handler in for."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if isinstance(before, Notice) and signal.getsignal(signal.SIGTERM) is not before:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

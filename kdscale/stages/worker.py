@@ -198,7 +198,7 @@ def _work(config: dict[str, Any]) -> None:
     with noting(jobs[0].stage):
         if isinstance(jobs[0], DistillJob):
             # Its stream starts its processes while this one imports the model libraries.
-            first = _Started(jobs[0], rank)
+            first = _Started(jobs[0], rank, size)
         from kdscale.stages.loop import World
         from kdscale.stages.stop import Requests, stop_at_checkpoint
 
@@ -212,7 +212,8 @@ def _work(config: dict[str, Any]) -> None:
                 if Requests(job, world).have_come(look=True):
                     stop_at_checkpoint(job, world, Checkpoints(job.stage, keep=1))
                 attempt = _attempt_of(job)
-                stream = first if first is not None and first.job is job else _Started(job, rank)
+                ours = first is not None and first.job is job
+                stream = first if ours else _Started(job, rank, size)
                 attempt(job, world, report).train(stream.batches)
 
 
@@ -280,7 +281,7 @@ def _place(in_group: bool) -> tuple[int, int, torch.device, Callable[[dict[str, 
 class _Started:
     """A worker's stream of one stage, already on its way to the first batch."""
 
-    def __init__(self, job: TrainJob, rank: int) -> None:
+    def __init__(self, job: TrainJob, rank: int, size: int) -> None:
         self.job = job
         self._batches: Iterator[Any] = iter(())
         self._first: Future[Any] | None = None
@@ -289,7 +290,12 @@ class _Started:
         self._start = Checkpoints(job.stage, keep=1).latest_step()
         if self._start < job.total_steps:
             shard = ray.train.get_dataset_shard(job.key)
-            self._batches = iter(_stream(job, shard, self._start, rank))
+            if isinstance(job, VlmJob):
+                told = replace(instruct_config(job, size), start_step=self._start)
+                self._batches = iter(InstructStream(shard, told, rank))
+            else:
+                config = replace(stream_config(job, size), start_step=self._start)
+                self._batches = iter(TrainStream(shard, config, rank))
             self._first = ThreadPoolExecutor(1).submit(next, self._batches, None)
 
     def batches(self, start: int) -> Iterator[Any]:
@@ -307,13 +313,6 @@ class _Started:
         if batch is not None:
             yield batch
             yield from self._batches
-
-
-def _stream(job: StreamJob, shard: Any, start: int, rank: int) -> Any:
-    """Returns a worker's side of a job's stream."""
-    if isinstance(job, VlmJob):
-        return InstructStream(shard, replace(instruct_config(job), start_step=start), rank)
-    return TrainStream(shard, replace(stream_config(job), start_step=start), rank)
 
 
 def _single(device: Any) -> torch.device:

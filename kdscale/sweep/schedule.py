@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import os
 import random
-import signal
 import sys
 import tempfile
 import time
@@ -31,8 +30,8 @@ from kdscale.core.config import Embed
 from kdscale.core.eval_config import Cka
 from kdscale.core.lease import Lease
 from kdscale.core.memory import release_memory
-from kdscale.core.nodes import growth, with_growth
-from kdscale.core.signals import own_handlers
+from kdscale.core.nodes import growth, on_gpus_for, with_growth
+from kdscale.core.signals import notice_kept
 from kdscale.core.stop import check_stop, forget_stop
 from kdscale.core.storage import Storage
 from kdscale.core.types import (
@@ -44,6 +43,7 @@ from kdscale.core.types import (
 )
 from kdscale.core.vlm_config import Evaluate, Features
 from kdscale.stages.jobs import AnswersJob
+from kdscale.stages.shares import allowed_workers, gpus_for
 from kdscale.sweep.fitting import concurrent_trials, sharing_cores, trial_resources
 from kdscale.sweep.grid import Sweep
 from kdscale.sweep.kept import is_finished, reopen_unless_finished
@@ -97,7 +97,7 @@ def start_ray() -> None:
         options["runtime_env"] = {"env_vars": QUIET}
     for attempt in range(START_ATTEMPTS):
         try:
-            with own_handlers(signal.SIGTERM):  # Ray puts its own in their place
+            with notice_kept():
                 ray.init(**options)
             return
         except Exception as error:  # a busy machine misses Ray's own fixed start-up limits
@@ -127,8 +127,9 @@ def local_cpus() -> int:
 def cluster_resources() -> tuple[dict[str, float], list[dict[str, float]]]:
     """Returns what the whole cluster offers, and each node, those that may still come included."""
     there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    total, to_come = with_growth(ray.cluster_resources(), growth())
-    return total, there + to_come
+    total, grown = with_growth(ray.cluster_resources(), growth())
+    others = [node for node in there if not any(kind.items() <= node.items() for kind in grown)]
+    return total, others + grown
 
 
 def run_plan(plan: Plan, run: str = "") -> list[TrialFailure]:
@@ -311,11 +312,14 @@ def _run_in_turn(stages: Sequence[Stage], tokens: Sequence[str], storage: Storag
             fit([group_job(stage, token, storage) for stage, token in group])
 
 
-def _team(stage: Stage) -> tuple[bool, str]:
+def _team(stage: Stage) -> tuple[bool, str, str]:
     """Names the group of processes that a stage wants."""
     run = stage.recipe.run
     by_shard = isinstance(stage.recipe, Embed | Features | Answers)
-    return by_shard, "" if run is None else run.model_dump_json()
+    if run is None:
+        return by_shard, "", ""
+    gpus = on_gpus_for(gpus_for(stage.recipe), run.gpus_per_worker)
+    return by_shard, run.model_dump_json(), f"{allowed_workers(stage.recipe)} {gpus}"
 
 
 def raise_failures(failures: Sequence[TrialFailure]) -> None:
