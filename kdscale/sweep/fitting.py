@@ -21,7 +21,8 @@ def workers_of(stage: Stage) -> tuple[int, dict[str, float]]:
     if run.gpus_per_worker:
         each["GPU"] = run.gpus_per_worker
         each |= on_gpus_for(gpus_for(stage.recipe), run.gpus_per_worker)
-    return max(1, allowed_workers(stage.recipe)[0]), each
+    least = run.world_size if run.min_workers is None else allowed_workers(stage.recipe)[0]
+    return least, each
 
 
 def demand(stage: Stage) -> dict[str, float]:

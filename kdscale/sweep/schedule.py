@@ -319,7 +319,8 @@ def _team(stage: Stage) -> tuple[bool, str, str]:
     if run is None:
         return by_shard, "", ""
     gpus = on_gpus_for(gpus_for(stage.recipe), run.gpus_per_worker)
-    return by_shard, run.model_dump_json(), f"{allowed_workers(stage.recipe)} {gpus}"
+    counts = allowed_workers(stage.recipe) if run.min_workers is not None else ()
+    return by_shard, run.model_dump_json(), f"{counts} {gpus}"
 
 
 def raise_failures(failures: Sequence[TrialFailure]) -> None:
