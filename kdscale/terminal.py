@@ -10,7 +10,13 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kdscale.core.types import KdscaleError, LimitReached, StageFailed, StageStopped
+from kdscale.core.types import (
+    Interrupted,
+    KdscaleError,
+    LimitReached,
+    StageFailed,
+    StageStopped,
+)
 
 console = Console()
 
@@ -24,14 +30,15 @@ AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")
 def guarded() -> Generator[None]:
     """Turns our errors into a line a person can act on.
 
-    The exit code is 2 for input, 1 for failed stages, 3 for what has reached its limit.
+    The exit code is 2 for input, 1 for failed stages, 3 for what has reached its limit or
+    was interrupted.
     """
     try:
         yield
     except KdscaleError as error:
         Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: ", end="")
         Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(str(error))
-        stopped = isinstance(error, LimitReached | StageStopped)
+        stopped = isinstance(error, Interrupted | LimitReached | StageStopped)
         raise typer.Exit(1 if isinstance(error, StageFailed) else 3 if stopped else 2) from error
 
 

@@ -216,9 +216,9 @@ def test_who_waited_sees_that_the_stage_is_done(
     stage = StageStore(storage, "distill", "k" * 16)
     acquire = Lease.acquire.__func__  # pyright: ignore
 
-    def finished_meanwhile(cls: Any, wanted: StageStore) -> Lease | None:
+    def finished_meanwhile(cls: Any, wanted: StageStore, run: str) -> Lease | None:
         stage.finish({"by": "another"})
-        return acquire(cls, wanted)
+        return acquire(cls, wanted, run)
 
     monkeypatch.setattr(Lease, "acquire", classmethod(finished_meanwhile))
     run_stages([_planned(stage)], storage)

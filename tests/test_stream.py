@@ -18,7 +18,7 @@ from kdscale.core.types import ConfigError, DataError, OrderBroken, ShardChanged
 from kdscale.data.samples import Batch, Crop, render, view_of
 from kdscale.data.shards import build_manifest, read_tar
 from kdscale.data.sidecars import CacheRef, encode_sidecar
-from kdscale.data.stream import StreamConfig, TrainStream, data_config, train_dataset
+from kdscale.data.stream import StreamConfig, TrainStream, train_dataset
 
 GLOBAL, STEPS = 8, 14
 
@@ -284,6 +284,8 @@ class Wide:
 
 
 def test_trainer_options_keep_the_order():
-    options = data_config(num_cpus=3, object_store_bytes=1 << 30)._resolve_execution_options("x")
+    from kdscale.stages.group import SharedStreams
+
+    options = SharedStreams(num_cpus=3)._resolve_execution_options("x")
     assert options.preserve_order
     assert options.resource_limits.cpu == 3

@@ -18,6 +18,7 @@ import pytest
 from conftest import pair
 
 from kdscale.core.journal import JournalReader, read_steps
+from kdscale.core.lease import Lease
 from kdscale.core.storage import StageStore, Storage
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
@@ -208,6 +209,31 @@ def test_kills_of_a_worker_and_of_the_driver_change_nothing(
     study.finish()
     assert_same_training(undisturbed, study)
     assert_little_was_repeated(study, kills=2)
+
+
+@pytest.mark.slow
+def test_notices_to_a_worker_and_to_the_driver_repeat_no_step(
+    undisturbed: Study, pattern: str, tmp_path: Path
+) -> None:
+    def attempts(stage: StageStore) -> int:
+        return len({line["attempt"] for line in JournalReader(stage).new_lines()})
+
+    study = Study(tmp_path, pattern)
+    process = study.start()
+    study.wait_for(at_step(3))
+    os.kill(train_workers(process.pid)[-1], signal.SIGTERM)
+    study.wait_for(lambda stage: attempts(stage) == 2)
+    process.terminate()
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 3, output[-3000:]
+    assert "1 of 1 stages are not finished; kept: distill" in output
+    assert "To go on: python" in output
+    assert not Lease.is_left(study.stage)
+    assert {run.info.status for _, run in runs_in(study)} == {"KILLED"}
+    study.finish()
+    assert_same_training(undisturbed, study)
+    assert len(JournalReader(study.stage).new_lines()) == STEPS
+    assert attempts(study.stage) == 3
 
 
 def test_plan_and_report_speak_json(undisturbed: Study) -> None:

@@ -167,6 +167,8 @@ class Execution(Spec):
     Attributes:
         num_workers: Training processes; 0 trains in the trial's own process (Ray Train's local
             mode), which saves a laptop the minute that a group of workers takes to start.
+        min_workers: Go on with as few training processes while no more find room, in place of
+            waiting for all; what every step computes stays the same. None: always `num_workers`.
         data_cpus: What all reading and decoding tasks of the stage may use together.
         micro_batch_size: Samples per forward pass of one worker; None means all of its share.
         checkpoint_every: Optimizer steps between checkpoints (and evaluations).
@@ -175,6 +177,7 @@ class Execution(Spec):
     """
 
     num_workers: int = Field(default=1, ge=0)
+    min_workers: int | None = Field(default=None, gt=0)
     cpus_per_worker: float = Field(default=1.0, ge=0)
     gpus_per_worker: float = Field(default=0.0, ge=0)
     cpus_per_data_task: float = Field(default=1.0, gt=0)
@@ -189,8 +192,17 @@ class Execution(Spec):
 
     @property
     def world_size(self) -> int:
-        """Processes that share a global batch."""
+        """Processes that share a global batch, at most."""
         return max(1, self.num_workers)
+
+    @model_validator(mode="after")
+    def _min_is_no_more(self) -> Self:
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(
+                f"min_workers is {self.min_workers}, num_workers only {self.num_workers}: give the "
+                "fewest and the most"
+            )
+        return self
 
 
 class Recipe(Spec):

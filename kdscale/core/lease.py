@@ -48,15 +48,20 @@ class Lease:
     Use `Lease.acquire`; leave the `with` block to release it.
     """
 
-    def __init__(self, stage: StageStore, number: int) -> None:
+    def __init__(self, stage: StageStore, number: int, run: str = "") -> None:
         self._stage, self._number = stage, number
-        self.token = uuid.uuid4().hex
+        self.token = ".".join(filter(None, (run, uuid.uuid4().hex)))
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep, daemon=True, name="lease")
 
     @classmethod
-    def acquire(cls, stage: StageStore) -> Lease | None:
+    def acquire(cls, stage: StageStore, run: str = "") -> Lease | None:
         """Returns the lease, or None while another living writer holds it.
+
+        Args:
+            stage: What is to be written.
+            run: Name of the driver's run, with which the lease's token begins; it may be asked
+                to stop as a whole (`kdscale.core.stop`).
 
         A holder is taken for dead when it ran on this host and its process is gone, or when its
         heartbeat has stood still for `LEASE_TIMEOUT_S` (watched for on this host's clock, so
@@ -67,7 +72,7 @@ class Lease:
         before = _newest(stage)
         if before.number and not _is_dead(stage, before):
             return None
-        lease = cls(stage, before.number + 1)
+        lease = cls(stage, before.number + 1, run)
         created = stage.storage.create(_beat(lease.token), *_place(stage, lease._number))
         if created and not stage.storage.is_local:
             time.sleep(SETTLE_S)  # of two that create at once all the same, the last one keeps it

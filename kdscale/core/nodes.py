@@ -54,7 +54,7 @@ def announced(types: Sequence[NodeType]) -> str:
 def with_growth(
     there: Mapping[str, float], types: Sequence[NodeType]
 ) -> tuple[dict[str, float], list[dict[str, float]]]:
-    """Returns the resources of a cluster that has grown, and those of each kind of node to come.
+    """Returns the resources of a cluster that has grown, and those of each node of such kinds.
 
     Args:
         there: Resources of the cluster as it is.
@@ -64,7 +64,7 @@ def with_growth(
     for name in {name for kind in types for name in kind.resources}:
         grown = sum(kind.count * kind.resources.get(name, 0.0) for kind in types)
         total[name] = max(total.get(name, 0.0), grown)
-    return total, [dict(kind.resources) for kind in types if kind.count]
+    return total, [dict(kind.resources) for kind in types for _ in range(kind.count)]
 
 
 def on_gpus_for(role: GpuRole, gpus: float) -> dict[str, float]:

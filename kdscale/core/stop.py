@@ -1,11 +1,13 @@
 """Asking a stage to stop, through the storage: whoever runs it may be another process or machine.
 
-There is one kind of stop and two who may ask for it. A budget asks everybody who runs a stage or is
-about to (`STOP`), and takes that back when its run ends. A search's scheduler has its word on one
-trial, and another sweep may need the same stage: it asks the attempt that holds the stage's lease,
-and no later one (`STOP-` and the lease's token). Both are heeded alike, where nothing is lost:
-before anything starts, after a checkpoint, which training loops write for it, or after a shard. A
-stage that was stopped has neither finished nor failed, and its next attempt goes on from there.
+There is one kind of stop and three who may ask for it. A budget asks everybody who runs a stage or
+is about to (`STOP`), and takes that back when its run ends. A search's scheduler has its word on
+one trial, and another sweep may need the same stage: it asks the attempt that holds the stage's
+lease, and no later one (`STOP-` and the lease's token). A driver that gets a signal asks all
+attempts of its own run, at once and for ever (`stops/` and the run's name, with which their tokens
+begin). All are heeded alike, where nothing is lost: before anything starts, after a checkpoint,
+which training loops write for it, or after a shard. A stage that was stopped has neither finished
+nor failed, and its next attempt goes on from there.
 
 An attempt that was asked itself notes in `STOPPED` where it ended and why: a search leaves such a
 trial alone until somebody wants it.
@@ -17,10 +19,10 @@ import time
 from typing import Any, NoReturn
 
 from kdscale.core.lease import holder_token
-from kdscale.core.storage import StageStore
+from kdscale.core.storage import StageStore, Storage
 from kdscale.core.types import StageStopped
 
-ASKED, NOTE = "STOP", "STOPPED"
+ASKED, NOTE, RUNS = "STOP", "STOPPED", "stops"
 EARLY = "stopped early"
 
 
@@ -37,6 +39,16 @@ def ask_to_stop(stage: StageStore, reason: str) -> None:
 def let_run(stage: StageStore) -> None:
     """Takes back what `ask_to_stop` has asked."""
     stage.storage.remove(*stage.parts, ASKED)
+
+
+def ask_run_to_stop(storage: Storage, run: str, reason: str) -> None:
+    """Asks every attempt of a run to stop, those included that have not begun."""
+    storage.write(reason.encode(), RUNS, run)
+
+
+def forget_run(storage: Storage, run: str) -> None:
+    """Takes away what a run that has ended was asked."""
+    storage.remove(RUNS, run)
 
 
 def ask_attempt_to_stop(stage: StageStore, reason: str, token: str | None = None) -> bool:
@@ -58,10 +70,18 @@ def ask_attempt_to_stop(stage: StageStore, reason: str, token: str | None = None
 
 
 def stop_asked(stage: StageStore, token: str | None) -> str | None:
-    """Returns why the attempt with this lease is to stop, None where nobody has asked it to."""
-    names = stage.storage.names(*stage.parts)
-    asked = [name for name in (_asked(token), ASKED) if name in names]
-    return stage.storage.read(*stage.parts, asked[0]).decode() if asked else None
+    """Returns why the attempt with this lease is to stop, None where nobody has asked it to.
+
+    Args:
+        stage: The stage.
+        token: The lease's; before there is one, the name of the run.
+    """
+    storage, names = stage.storage, stage.storage.names(*stage.parts)
+    asked = [(*stage.parts, name) for name in (_asked(token), ASKED) if name in names]
+    run = (token or "").partition(".")[0]
+    if not asked and run and storage.exists(RUNS, run):
+        asked = [(RUNS, run)]
+    return storage.read(*asked[0]).decode() if asked else None
 
 
 def check_stop(stage: StageStore, token: str | None = None) -> None:
@@ -69,7 +89,7 @@ def check_stop(stage: StageStore, token: str | None = None) -> None:
 
     Args:
         stage: The stage.
-        token: Lease of the attempt that asks; None before there is one.
+        token: Lease of the attempt that asks; the name of its run before there is one.
 
     Raises:
         StageStopped: It was asked to stop.

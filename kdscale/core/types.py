@@ -151,6 +151,10 @@ class StageBusy(KdscaleError):
     """A stage that cannot be removed while another process writes it, or reads it."""
 
 
+class Interrupted(KdscaleError):
+    """A run that a signal has ended before all was done; what it has done is kept."""
+
+
 class OverBudget(ConfigError):
     """A plan that would cost more than it may, or nobody knows how much."""
 

@@ -29,7 +29,6 @@ from kdscale.data.sidecars import CacheRef
 
 if TYPE_CHECKING:
     import ray.data
-    import ray.train
 
     from kdscale.data.instruct_stream import InstructConfig
 
@@ -205,33 +204,12 @@ def quiet(dataset: ray.data.Dataset) -> None:
     context.raise_original_map_exception = True
 
 
-def execution_options(
-    num_cpus: float | None = None, object_store_bytes: int | None = None
-) -> ray.data.ExecutionOptions:
+def execution_options(num_cpus: float | None = None) -> ray.data.ExecutionOptions:
     """Makes Ray Data keep the order, and stay within a budget where one is given."""
     from ray.data import ExecutionOptions, ExecutionResources
 
-    limits = ExecutionResources.for_limits(cpu=num_cpus, object_store_memory=object_store_bytes)
+    limits = ExecutionResources.for_limits(cpu=num_cpus)
     return ExecutionOptions(resource_limits=limits, preserve_order=True, verbose_progress=False)
-
-
-def data_config(
-    num_cpus: float | None = None, object_store_bytes: int | None = None
-) -> ray.train.DataConfig:
-    """Configures a Ray Train trainer for `train_dataset`.
-
-    Args:
-        num_cpus: What all read and decode tasks of this trial may use together. The training
-            workers' own share is reserved by Ray Train already; None leaves the rest of the
-            cluster to the stream, which is right for one trial at a time only.
-        object_store_bytes: Likewise for decoded blocks in flight.
-    """
-    from ray.train import DataConfig
-
-    return DataConfig(
-        execution_options=execution_options(num_cpus, object_store_bytes),
-        enable_shard_locality=False,
-    )
 
 
 def compressed(config: StreamConfig | InstructConfig, reading: Reading) -> ray.data.Dataset:

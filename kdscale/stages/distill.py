@@ -43,6 +43,7 @@ from kdscale.stages.loop import (
     parameter_groups,
     to_device,
 )
+from kdscale.stages.shares import rows_at_once
 
 SIGMOID_BIAS = -10.0
 
@@ -93,8 +94,7 @@ class DistillTask:
         self.optimizer = self._build_optimizer()
         self.scaler = gradient_scaler(recipe.precision or "fp32", world.device)
         rows = recipe.global_batch_size // world.size
-        micro = recipe.run.micro_batch_size if recipe.run else None
-        self.parts = micro_batches(rows, micro)
+        self.parts = micro_batches(rows, rows_at_once(recipe, world.size))
 
     def _build_student(self, storage: Storage) -> Tower:
         """Builds the student as it trains: grouped BatchNorm, drawn paths."""

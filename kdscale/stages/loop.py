@@ -29,13 +29,23 @@ Encode = Callable[[slice], tuple[Tensor, ...]]
 NO_DECAY = ("bn", "ln", "bias", "logit_scale", "logit_bias")
 
 
+def _nobody() -> bool:
+    """Tells that no notice has come."""
+    return False
+
+
 @dataclass(frozen=True)
 class World:
-    """This process's place among the workers."""
+    """This process's place among the workers.
+
+    Attributes:
+        noticed: Tells whether this process, or its machine, is to go away soon.
+    """
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    noticed: Callable[[], bool] = _nobody
 
     @property
     def is_first(self) -> bool:

@@ -24,7 +24,7 @@ from kdscale.stages.distill import DistillTask
 from kdscale.stages.evaluate import Evaluator, Scores, cached_features
 from kdscale.stages.jobs import DistillJob
 from kdscale.stages.loop import World, batch_digest
-from kdscale.stages.stop import asked_to_stop, stop_at_checkpoint
+from kdscale.stages.stop import Requests, stop_at_checkpoint
 
 T = TypeVar("T")
 
@@ -88,6 +88,7 @@ class Run:
                 spec, job.zero_shot_data, world, job.recipe.precision or "fp32", features
             )
         self.scores: Scores | None = None
+        self.requests = Requests(job, world)
         self.started = time.time()
 
     def train(self, batches: Callable[[int], Iterator[Batch]]) -> None:
@@ -99,7 +100,7 @@ class Run:
         Raises:
             CheckpointError: If the newest checkpoint is damaged, or of other data.
             TrainingDiverged: If the loss stops being finite.
-            StageStopped: At a checkpoint, if it was asked to stop.
+            StageStopped: After a step, with a checkpoint, if it was asked to stop.
         """
         start = self.checkpoints.latest_step()
         if start:
@@ -117,8 +118,8 @@ class Run:
                 meter.restart()
             elif self.world.is_first:
                 self.journal.append(line)
-            if (due or step % self.execution.log_every == 0) and step < self.job.total_steps:
-                self._stop_if_asked(step)
+            if step < self.job.total_steps:
+                self._stop_if_asked(step, look=due or step % self.execution.log_every == 0)
         self.checkpoints.wait()
         self._finish()
 
@@ -162,9 +163,9 @@ class Run:
             self.checkpoints.save(line["step"], self.task.state(line["step"]))
         self.report({"step": line["step"], "loss": line["total"]})
 
-    def _stop_if_asked(self, step: int) -> None:
+    def _stop_if_asked(self, step: int, look: bool) -> None:
         """Ends the attempt where it was asked to, at a checkpoint without an evaluation."""
-        if not asked_to_stop(self.job, self.world):
+        if not self.requests.have_come(look):
             return
         self.checkpoints.wait()
         if self.world.is_first and self.checkpoints.latest_step() != step:

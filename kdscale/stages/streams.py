@@ -19,8 +19,13 @@ from kdscale.models.preprocess import eval_crop, tokenizer
 from kdscale.stages.jobs import DistillJob, VlmInputs, VlmJob
 
 
-def stream_config(job: DistillJob) -> StreamConfig:
-    """Returns the stream of a job from its first step: pixels and tokens for each tower."""
+def stream_config(job: DistillJob, num_workers: int = 1) -> StreamConfig:
+    """Returns the stream of a job from its first step: pixels and tokens for each tower.
+
+    Args:
+        job: What is trained.
+        num_workers: How many share it at this time.
+    """
     recipe = job.recipe
     assert recipe.run is not None
     running = (recipe.student, recipe.teacher if job.cache is None else None)
@@ -32,7 +37,7 @@ def stream_config(job: DistillJob) -> StreamConfig:
         epochs=recipe.epochs,
         total_steps=job.total_steps,
         seed=recipe.seed,
-        num_workers=recipe.run.world_size,
+        num_workers=num_workers,
         crop=Crop(seed=recipe.crop_seed, scale=recipe.crop_scale),
         views=recipe.views,
         captions=recipe.captions,
@@ -81,8 +86,8 @@ def vlm_inputs(recipe: VlmStage) -> VlmInputs:
     return inputs
 
 
-def instruct_config(job: VlmJob) -> InstructConfig:
-    """Returns the stream of a VLM job from its first step."""
+def instruct_config(job: VlmJob, num_workers: int = 1) -> InstructConfig:
+    """Returns the stream of a VLM job from its first step; arguments as of `stream_config`."""
     recipe, run, inputs = job.recipe, job.recipe.run, job.inputs
     tower = recipe.vision
     assert run is not None
@@ -104,7 +109,7 @@ def instruct_config(job: VlmJob) -> InstructConfig:
         total_steps=job.total_steps,
         seed=recipe.seed,
         group_size=recipe.group_size if recipe.length_grouping else None,
-        num_workers=run.world_size,
+        num_workers=num_workers,
         cpus_per_task=run.cpus_per_data_task,
         readers=max(1, round(run.data_cpus / 8)),
     )

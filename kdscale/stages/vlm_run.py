@@ -28,7 +28,7 @@ from kdscale.models.vlm import merge, save_projector, save_vlm
 from kdscale.stages.jobs import VlmJob
 from kdscale.stages.loop import World, batch_digest
 from kdscale.stages.run import Meter
-from kdscale.stages.stop import asked_to_stop, stop_at_checkpoint
+from kdscale.stages.stop import Requests, stop_at_checkpoint
 from kdscale.stages.vlm import (
     Built,
     MicroBatches,
@@ -65,6 +65,7 @@ class VlmRun(TrainerCallback):
         self.scratch = tempfile.TemporaryDirectory()
         self.trainer: StageTrainer | None = None
         self.rates: dict[str, float] = {}
+        self.requests = Requests(job, world)
         self.stopping = False
 
     def train(self, batches: Callable[[int], Iterator[InstructBatch]]) -> None:
@@ -78,7 +79,7 @@ class VlmRun(TrainerCallback):
             DataError: If a step has nothing to learn, or the batches end before the last step.
             CheckpointError: If the checkpoint cannot be read, or was written by another number of
                 workers under DeepSpeed, which cannot share it out anew.
-            StageStopped: At a checkpoint, if it was asked to stop.
+            StageStopped: After a step, with a checkpoint, if it was asked to stop.
         """
         with self.scratch:
             start = self.checkpoints.latest_step()
@@ -144,9 +145,9 @@ class VlmRun(TrainerCallback):
         due = line["step"] % self.execution.checkpoint_every == 0
         if due:
             self.report({"step": line["step"], "loss": line["total"]})
-        asks = due or line["step"] % self.execution.log_every == 0
-        if asks and line["step"] < self.job.total_steps:
-            self.stopping = asked_to_stop(self.job, self.world)
+        if line["step"] < self.job.total_steps:
+            look = due or line["step"] % self.execution.log_every == 0
+            self.stopping = self.requests.have_come(look)
             control.should_save = control.should_save or self.stopping
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:

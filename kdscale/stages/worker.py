@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -20,26 +19,20 @@ import torch
 
 from kdscale.core.causes import final_cause, in_words, note_place
 from kdscale.core.checkpoints import Checkpoints
-from kdscale.core.config import Execution
 from kdscale.core.lease import check_lease
 from kdscale.core.nodes import on_gpus_for
+from kdscale.core.signals import was_noticed
 from kdscale.core.stage_log import StageLog
 from kdscale.core.stop import check_stop
 from kdscale.core.storage import StageStore
 from kdscale.core.types import OrderBroken, StageFailed, StageRefused, StageStopped
-from kdscale.data.instruct_stream import InstructStream, instruct_dataset
-from kdscale.data.stream import (
-    TrainStream,
-    data_config,
-    execution_options,
-    quiet,
-    train_dataset,
-)
+from kdscale.data.instruct_stream import InstructStream
+from kdscale.data.stream import TrainStream, quiet
+from kdscale.stages.group import StreamJob, TrainJob, is_leaving, make_trainer
 from kdscale.stages.jobs import (
     AnswersJob,
     CkaJob,
     DistillJob,
-    EvaluateJob,
     FeaturesJob,
     GateJob,
     LanguageJob,
@@ -48,14 +41,12 @@ from kdscale.stages.jobs import (
 )
 from kdscale.stages.streams import instruct_config, stream_config
 
-StreamJob = DistillJob | VlmJob
-TrainJob = StreamJob | EvaluateJob | CkaJob | GateJob | LanguageJob
-
-HEALTH_CHECK_INTERVAL_S = "0.2"
-
 
 def fit(jobs: Sequence[TrainJob]) -> None:
     """Runs stages one after the other in one group of workers, each until it is finished.
+
+    Where a worker or its node is to go away soon, all write a checkpoint and end before the stages
+    are finished: another call goes on from there.
 
     Starting processes costs more than a short stage, so a trial's stages share them. A stream is
     made anew whenever a worker group starts, from the newest checkpoint's step; a killed worker
@@ -69,16 +60,13 @@ def fit(jobs: Sequence[TrainJob]) -> None:
         StageRefused: At the first failure that another attempt would meet again.
         StageStopped: If a stage was asked to; the jobs after it have not been begun.
     """
-    run = jobs[0].recipe.run
-    assert run is not None
     for job in jobs:
         job.stage.forget_failure()
         if isinstance(job, DistillJob):
             job.rewind()
     failure: Exception | None = None
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", HEALTH_CHECK_INTERVAL_S)
     with tempfile.TemporaryDirectory() as bookkeeping:  # Ray Train's own; nothing reads it
-        trainer = _trainer(jobs, run, bookkeeping)
+        trainer = make_trainer(_work, jobs, bookkeeping)
         try:
             trainer.fit()
         except Exception as error:
@@ -87,24 +75,6 @@ def fit(jobs: Sequence[TrainJob]) -> None:
     for job in jobs:
         if not job.stage.is_done():
             check_stop(job.stage, job.lease)
-
-
-def _trainer(
-    jobs: Sequence[TrainJob], run: Execution, bookkeeping: str
-) -> ray.train.torch.TorchTrainer:
-    """Makes the group of workers that runs the jobs."""
-    return ray.train.torch.TorchTrainer(
-        _work,
-        train_loop_config={"jobs": list(jobs), "in_group": run.num_workers > 0},
-        scaling_config=_scaling(run),
-        datasets={job.key: _dataset_from_cursor(job) for job in jobs if isinstance(job, StreamJob)},
-        dataset_config=data_config(run.data_cpus),
-        run_config=ray.train.RunConfig(
-            name=jobs[-1].key,
-            storage_path=bookkeeping,
-            failure_config=ray.train.FailureConfig(max_failures=run.max_failures),
-        ),
-    )
 
 
 def raise_failed(jobs: Sequence[TrainJob | ShardJob | AnswersJob], error: Exception | None) -> None:
@@ -220,38 +190,6 @@ def actor_map(
     yield from dataset.iter_rows()
 
 
-def _scaling(run: Execution) -> ray.train.ScalingConfig:
-    """Translates an execution into Ray Train's terms."""
-    resources = {"CPU": run.cpus_per_worker}
-    if run.gpus_per_worker:
-        resources["GPU"] = run.gpus_per_worker
-        resources |= on_gpus_for("training", run.gpus_per_worker)
-    return ray.train.ScalingConfig(
-        num_workers=run.num_workers,
-        use_gpu=run.gpus_per_worker > 0,
-        resources_per_worker=resources,
-    )
-
-
-def _dataset_from_cursor(job: StreamJob) -> Callable[[], Any]:
-    """Returns a function that makes the stream from the newest checkpoint on."""
-
-    def make() -> Any:
-        """Makes it, when a group of workers starts."""
-        # A stage that has all its steps reads no stream, but Ray wants one to exist.
-        start = min(Checkpoints(job.stage, keep=1).latest_step(), job.total_steps - 1)
-        if isinstance(job, VlmJob):
-            dataset = instruct_dataset(replace(instruct_config(job), start_step=start))
-        else:
-            dataset = train_dataset(replace(stream_config(job), start_step=start))
-        # Local mode has no DataConfig, so the dataset carries its own budget.
-        assert job.recipe.run is not None
-        dataset.context.execution_options = execution_options(job.recipe.run.data_cpus)
-        return dataset
-
-    return make
-
-
 def _work(config: dict[str, Any]) -> None:
     """Runs on every worker, the only process that needs the model libraries."""
     jobs = [job for job in config["jobs"] if not job.stage.is_done()]
@@ -266,11 +204,12 @@ def _work(config: dict[str, Any]) -> None:
     with log, noting(jobs[0].stage):
         if isinstance(jobs[0], DistillJob):
             # Its stream starts its processes while this one imports the model libraries.
-            first = _Started(jobs[0], rank)
+            first = _Started(jobs[0], rank, size)
         from kdscale.stages.loop import World
-        from kdscale.stages.stop import asked_to_stop, stop_at_checkpoint
+        from kdscale.stages.stop import Requests, stop_at_checkpoint
 
-    world = World(rank=rank, size=size, device=device)
+    noticed = is_leaving if config["in_group"] else was_noticed
+    world = World(rank=rank, size=size, device=device, noticed=noticed)
     with suppress(StageStopped):  # `fit` tells of it
         for job in jobs:
             if job.recipe.run is not None and job.recipe.run.threads_per_worker is not None:
@@ -278,10 +217,11 @@ def _work(config: dict[str, Any]) -> None:
             if job is not jobs[0]:
                 log = job.log(f"worker{rank}", quiet=rank > 0)
             with log, noting(job.stage):
-                if asked_to_stop(job, world):
+                if Requests(job, world).have_come(look=True):
                     stop_at_checkpoint(job, world, Checkpoints(job.stage, keep=1))
                 attempt = _attempt_of(job)
-                stream = first if first is not None and first.job is job else _Started(job, rank)
+                ours = first is not None and first.job is job
+                stream = first if ours else _Started(job, rank, size)
                 attempt(job, world, report).train(stream.batches)
                 log.say("finished")
 
@@ -350,7 +290,7 @@ def _place(in_group: bool) -> tuple[int, int, torch.device, Callable[[dict[str, 
 class _Started:
     """A worker's stream of one stage, already on its way to the first batch."""
 
-    def __init__(self, job: TrainJob, rank: int) -> None:
+    def __init__(self, job: TrainJob, rank: int, size: int) -> None:
         self.job = job
         self._batches: Iterator[Any] = iter(())
         self._first: Future[Any] | None = None
@@ -359,7 +299,12 @@ class _Started:
         self._start = Checkpoints(job.stage, keep=1).latest_step()
         if self._start < job.total_steps:
             shard = ray.train.get_dataset_shard(job.key)
-            self._batches = iter(_stream(job, shard, self._start, rank))
+            if isinstance(job, VlmJob):
+                told = replace(instruct_config(job, size), start_step=self._start)
+                self._batches = iter(InstructStream(shard, told, rank))
+            else:
+                config = replace(stream_config(job, size), start_step=self._start)
+                self._batches = iter(TrainStream(shard, config, rank))
             self._first = ThreadPoolExecutor(1).submit(next, self._batches, None)
 
     def batches(self, start: int) -> Iterator[Any]:
@@ -377,13 +322,6 @@ class _Started:
         if batch is not None:
             yield batch
             yield from self._batches
-
-
-def _stream(job: StreamJob, shard: Any, start: int, rank: int) -> Any:
-    """Returns a worker's side of a job's stream."""
-    if isinstance(job, VlmJob):
-        return InstructStream(shard, replace(instruct_config(job), start_step=start), rank)
-    return TrainStream(shard, replace(stream_config(job), start_step=start), rank)
 
 
 def _single(device: Any) -> torch.device:

@@ -10,8 +10,8 @@ from kdscale.core.eval_config import BenchmarkImages, Cka
 from kdscale.core.types import DataError
 from kdscale.core.vlm_config import Evaluate, Features, Language, VlmStage
 from kdscale.core.zero_shot_config import Gate
-from kdscale.losses.recipes import LossFlags
 from kdscale.stages.inputs import Source
+from kdscale.stages.shares import needs_workers
 from kdscale.sweep.cost import Work
 
 
@@ -55,10 +55,7 @@ def beside_recipe(recipe: Recipe) -> dict[str, Any]:
     """Returns what decides a stage's numbers though its execution otherwise does not."""
     if not isinstance(recipe, Distill) or recipe.run is None:
         return {}
-    flags = LossFlags.for_mode(recipe.mode, **recipe.flags)
-    if flags.detached_gather or flags.unsynced_heads:
-        return {"world_size": recipe.run.world_size}
-    return {}
+    return {"world_size": recipe.run.world_size} if needs_workers(recipe) else {}
 
 
 def _num_images(recipe: Cka, data: Source | None) -> int | None:

@@ -6,17 +6,15 @@ Nothing here builds a tower: what the configs say is enough.
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
-from typing import Any, cast
+from typing import Any
 
-from kdscale.core.config import Distill, Execution, TowerSpec
+from kdscale.core.config import Distill, Execution
 from kdscale.core.types import ConfigError, PrecisionError, unknown_name
 from kdscale.core.vlm_config import VlmStage
 from kdscale.data.templates import TEMPLATES
 from kdscale.losses.recipes import LossFlags, active_terms, needs_teacher, weights_for
+from kdscale.stages.shares import allowed_workers, vision_of
 
-# Families of timm trunks that normalise by BatchNorm; others are found out when they are built.
-BATCHNORM_TRUNKS = ("efficientnet", "ghostnet", "mobilenet", "mobilevit", "regnet", "resnet")
-GROUPNORM_TRUNKS = ("resnetv2",)
 CAPTION_TEMPLATES = tuple(name for name, spec in TEMPLATES.items() if not spec.terminator)
 
 
@@ -30,7 +28,8 @@ def check_recipe(recipe: Distill) -> None:
     check_loss(recipe)
     _check_numbers(recipe)
     _check_towers(recipe)
-    _check_shares(recipe)
+    if recipe.run is not None:
+        allowed_workers(recipe)
 
 
 def check_vlm(recipe: VlmStage) -> None:
@@ -46,13 +45,7 @@ def check_vlm(recipe: VlmStage) -> None:
     if run is None:
         return
     check_fp16(recipe.precision, run)
-    parts = recipe.global_batch_size // recipe.micro_batch_size
-    if parts % run.world_size:
-        raise ConfigError(
-            f"a {recipe.kind} step has {parts} micro-batches (global_batch_size "
-            f"{recipe.global_batch_size} / micro_batch_size {recipe.micro_batch_size}), which "
-            f"{run.world_size} workers cannot share equally; choose a divisor of {parts} workers"
-        )
+    allowed_workers(recipe)
     if recipe.length_grouping and recipe.group_size % recipe.micro_batch_size:
         raise ConfigError(
             f"group_size {recipe.group_size} is no multiple of micro_batch_size "
@@ -195,7 +188,7 @@ def _check_numbers(recipe: Distill) -> None:
 
 def _check_towers(recipe: Distill) -> None:
     """Refuses drop path where the student's image tower has none."""
-    vision = _vision(recipe.student)
+    vision = vision_of(recipe.student)
     if recipe.drop_path > 0 and vision is not None and "timm_model_name" not in vision:
         raise ConfigError(
             f"drop_path is {recipe.drop_path}, and the image tower of {_name(recipe.student)!r} is "
@@ -203,54 +196,12 @@ def _check_towers(recipe: Distill) -> None:
         )
 
 
-def _check_shares(recipe: Distill) -> None:
-    """Refuses a global batch that workers, micro-batches and BatchNorm groups do not divide."""
-    run = recipe.run
-    if run is None:
-        return
-    rows, rest = divmod(recipe.global_batch_size, run.world_size)
-    if rest:
-        raise ConfigError(
-            f"a global batch of {recipe.global_batch_size} cannot be shared equally by "
-            f"{run.num_workers} workers; choose a run.num_workers that divides it"
-        )
-    micro = run.micro_batch_size or rows
-    if rows % micro:
-        raise ConfigError(
-            f"micro_batch_size {micro} does not divide the {rows} rows of a worker; "
-            "choose a divisor"
-        )
-    group = recipe.bn_group
-    if group is not None and _has_batchnorm(recipe.student) and micro % group:
-        raise ConfigError(
-            f"{_name(recipe.student)!r} has BatchNorm, and a forward pass of {micro} samples is "
-            f"not a multiple of bn_group={group}; use fewer workers or larger micro-batches, or "
-            f"lower bn_group to a divisor of {micro} (which changes numbers)"
-        )
-
-
-def _vision(tower: Any) -> dict[str, Any] | None:
-    """Returns the config of an image tower, None where only open_clip knows it."""
-    if not isinstance(tower, TowerSpec) or isinstance(tower.clip_config, str):
-        return None
-    return cast("dict[str, Any] | None", tower.clip_config.get("vision_cfg"))
-
-
 def _is_vit(tower: Any) -> bool | None:
     """Tells whether an image tower is open_clip's own ViT; None where that is not known."""
-    vision = _vision(tower)
+    vision = vision_of(tower)
     if vision is None:
         return None
     return "timm_model_name" not in vision and not isinstance(vision.get("layers"), list | tuple)
-
-
-def _has_batchnorm(tower: Any) -> bool:
-    """Tells whether an image tower is known to have BatchNorm."""
-    vision = _vision(tower) or {}
-    trunk = str(vision.get("timm_model_name", "")).rsplit("/", 1)[-1].removeprefix("tf_")
-    if isinstance(vision.get("layers"), list | tuple):
-        return True  # open_clip's ResNet
-    return trunk.startswith(BATCHNORM_TRUNKS) and not trunk.startswith(GROUPNORM_TRUNKS)
 
 
 def _name(tower: Any) -> str:

@@ -2,41 +2,59 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import get_args
 
-from kdscale.core.answers_config import Answers
-from kdscale.core.config import Embed
 from kdscale.core.nodes import GpuRole, on_gpus_for
 from kdscale.core.types import ImpossibleResources
-from kdscale.core.vlm_config import Features
+from kdscale.stages.shares import allowed_workers, gpus_for
 from kdscale.sweep.plan import Plan, Stage
+
+
+def workers_of(stage: Stage) -> tuple[int, dict[str, float]]:
+    """Returns how many workers a stage needs at least, and what each takes of one node."""
+    run = stage.recipe.run
+    assert run is not None
+    each = {"CPU": run.cpus_per_worker}
+    if run.gpus_per_worker:
+        each["GPU"] = run.gpus_per_worker
+        each |= on_gpus_for(gpus_for(stage.recipe), run.gpus_per_worker)
+    least = run.world_size if run.min_workers is None else allowed_workers(stage.recipe)[0]
+    return least, each
 
 
 def demand(stage: Stage) -> dict[str, float]:
     """Returns what one running stage needs at once: its workers and the tasks that feed them."""
     run = stage.recipe.run
     assert run is not None
-    need = {"CPU": run.world_size * run.cpus_per_worker + run.data_cpus}
-    if gpus := run.world_size * run.gpus_per_worker:
-        need["GPU"] = gpus
-        if run.num_workers:
-            by_shard = isinstance(stage.recipe, Embed | Features | Answers)
-            need |= on_gpus_for("inference" if by_shard else "training", gpus)
-    return need
+    count, each = workers_of(stage)
+    need = {resource: count * amount for resource, amount in each.items()}
+    return need | {"CPU": need["CPU"] + run.data_cpus}
+
+
+def room(bundle: Mapping[str, float], nodes: Sequence[Mapping[str, float]]) -> int:
+    """Returns how many equal bundles of resources nodes hold, none of them on two nodes."""
+    needed = {resource: amount for resource, amount in bundle.items() if amount > 0}
+    if not needed:
+        return sys.maxsize
+    # Ray counts resources in ten-thousandths.
+    return sum(int(min(n.get(r, 0.0) / a + 1e-4 for r, a in needed.items())) for n in nodes)
 
 
 def trial_resources(stages: Sequence[Stage]) -> dict[str, float]:
     """Returns what a trial's own process takes: nothing, unless it trains itself."""
-    own = [
-        s.recipe.run for s in stages if s.recipe.run is not None and s.recipe.run.num_workers == 0
-    ]
+    own = [s for s in stages if s.recipe.run is not None and s.recipe.run.num_workers == 0]
     if not own:
         return {"memory": 1.0}  # Tune wants a resource; the trial only waits for its workers
-    resources = {"CPU": max(run.cpus_per_worker for run in own)}
-    gpus = max(run.gpus_per_worker for run in own)
-    return resources | ({"GPU": gpus} if gpus else {})
+    runs = [stage.recipe.run for stage in own if stage.recipe.run is not None]
+    resources = {"CPU": max(run.cpus_per_worker for run in runs)}
+    gpus = max(run.gpus_per_worker for run in runs)
+    if not gpus:
+        return resources
+    role = max(gpus_for(stage.recipe) for stage in own)  # "training" if any of them trains
+    return resources | {"GPU": gpus} | on_gpus_for(role, gpus)
 
 
 def concurrent_trials(
@@ -49,7 +67,7 @@ def concurrent_trials(
     Args:
         stages: What is left to run.
         available: Resources of the whole cluster.
-        nodes: Resources of each node; none where they are not known.
+        nodes: Resources of every node; none where they are not known.
 
     Raises:
         ImpossibleResources: If one stage alone does not fit, naming the resource that lacks.
@@ -69,7 +87,33 @@ def concurrent_trials(
                 )
             fits.append(int(have // amount))
         check_tasks(stage, nodes)
+        if nodes:
+            count, _ = workers_of(stage)
+            fits.append(_checked_room(stage, nodes) // count)
     return max(1, min(fits, default=1))
+
+
+def _checked_room(stage: Stage, nodes: Sequence[Mapping[str, float]]) -> int:
+    """Returns how many of a stage's workers the nodes hold, if it is enough.
+
+    Raises:
+        ImpossibleResources: It is not, though they have enough of each resource together.
+    """
+    count, each = workers_of(stage)
+    found = room(each, nodes)
+    if found >= count:
+        return found
+    lacks = min(
+        ([r for r, amount in each.items() if node.get(r, 0.0) < amount] for node in nodes),
+        key=lambda found: (len(found), "GPU" in found),
+    )
+    scarce = " and ".join(lacks) if lacks else "room on single nodes"
+    amounts = " and ".join(f"{amount:g} {resource}" for resource, amount in each.items())
+    raise ImpossibleResources(
+        f"{stage.kind} {stage.name!r} needs {count} workers with {amounts} each on one node, the "
+        f"nodes hold {found} such: {scarce} lacks; ask for less (run.num_workers, "
+        "run.cpus_per_worker, run.gpus_per_worker), or bring other nodes"
+    )
 
 
 def sharing_cores(plan: Plan, concurrency: int, cores: int) -> Plan:

@@ -22,11 +22,12 @@ from kdscale.core.scale import Scale, Sizes, data_names, resolve, teacher_of
 from kdscale.core.storage import StageStore, Storage
 from kdscale.core.trained import trained_by, trained_weights
 from kdscale.core.types import NoShards
-from kdscale.core.vlm_config import Evaluate, Language, Vlm
+from kdscale.core.vlm_config import Evaluate, Language, Vlm, VlmStage
 from kdscale.core.zero_shot_config import Gate
 from kdscale.data.shards import Content
 from kdscale.stages.inputs import Source, content_of, find_source
 from kdscale.stages.jobs import embed_recipe, features_recipe
+from kdscale.stages.shares import workers_note
 from kdscale.sweep.amounts import amount, beside_recipe
 from kdscale.sweep.check import check_cacheable, check_paths, check_recipe
 from kdscale.sweep.chosen import Chosen, check_search, configs_of
@@ -273,6 +274,8 @@ class Planner:
         """
         if isinstance(recipe, Distill):
             check_recipe(recipe)
+        note = workers_note(recipe) if isinstance(recipe, Distill | VlmStage) else ""
+        self.plan.notes += [note] if note and note not in self.plan.notes else []
         sources = self._sources_of(recipe)
         wanted, data = len(sources), sources[0] if sources else None
         whole = self.identity_of(kind, recipe)

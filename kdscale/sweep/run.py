@@ -13,6 +13,7 @@ from kdscale.core.types import NoShards
 from kdscale.sweep.budget import NO_LIMITS, Budget, Limits
 from kdscale.sweep.chosen import is_left, split
 from kdscale.sweep.grid import Sweep
+from kdscale.sweep.interrupt import Interrupt
 from kdscale.sweep.mirror import Mirror
 from kdscale.sweep.plan import Plan
 from kdscale.sweep.progress import Follower, Progress, print_plan
@@ -50,6 +51,7 @@ def execute(
         OverBudget: If what is left would take more than the limits allow, or nobody knows.
         StageFailed: After everything else has finished, naming the trials that failed.
         LimitReached: After all stages have stopped.
+        Interrupted: Likewise, where a signal has come; without a report, for there is little time.
     """
     from kdscale.sweep.prepare import prepare
     from kdscale.sweep.schedule import raise_failures, run_plan
@@ -69,12 +71,18 @@ def execute(
     def connect() -> list[Tracker]:
         return [Tracker(uri, s.name, plan, command, s.question) for s in sweeps]
 
-    with Follower(plan, progress), Mirror(connect) as mirror, budget:
-        failures = run_plan(alone)
+    interrupt = Interrupt(plan, progress.say)
+
+    def is_over() -> bool:
+        return bool(budget.reason) or interrupt.has_come
+
+    with Follower(plan, progress), Mirror(connect) as mirror, budget, interrupt:
+        failures = run_plan(alone, interrupt.run)
         for sweep in steered:
             from kdscale.sweep.steer import run_search
 
-            failures += run_search(plan, sweep, progress.say, lambda: bool(budget.reason))
+            failures += run_search(plan, sweep, progress.say, is_over, interrupt.run)
+    interrupt.raise_if_stopped(command)
     if limits:
         progress.say(f"used about {rounded(budget.hours)} {budget.unit}")
     pages = _publish(plan, sweeps, mirror, console, command)

@@ -30,7 +30,8 @@ from kdscale.core.config import Embed
 from kdscale.core.eval_config import Cka
 from kdscale.core.lease import Lease
 from kdscale.core.memory import release_memory
-from kdscale.core.nodes import growth, with_growth
+from kdscale.core.nodes import growth, on_gpus_for, with_growth
+from kdscale.core.signals import notice_kept
 from kdscale.core.stage_log import logs_command
 from kdscale.core.stop import check_stop, forget_stop
 from kdscale.core.storage import Storage
@@ -43,6 +44,7 @@ from kdscale.core.types import (
 )
 from kdscale.core.vlm_config import Evaluate, Features
 from kdscale.stages.jobs import AnswersJob
+from kdscale.stages.shares import allowed_workers, gpus_for
 from kdscale.sweep.fitting import concurrent_trials, sharing_cores, trial_resources
 from kdscale.sweep.grid import Sweep
 from kdscale.sweep.kept import is_finished, reopen_unless_finished
@@ -60,6 +62,7 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # signals are ours: `kdscale.sweep.interrupt`
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
 
@@ -96,7 +99,8 @@ def start_ray() -> None:
         options["runtime_env"] = {"env_vars": QUIET}
     for attempt in range(START_ATTEMPTS):
         try:
-            ray.init(**options)
+            with notice_kept():
+                ray.init(**options)
             return
         except Exception as error:  # a busy machine misses Ray's own fixed start-up limits
             ray.shutdown()
@@ -125,12 +129,17 @@ def local_cpus() -> int:
 def cluster_resources() -> tuple[dict[str, float], list[dict[str, float]]]:
     """Returns what the whole cluster offers, and each node, those that may still come included."""
     there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    total, to_come = with_growth(ray.cluster_resources(), growth())
-    return total, there + to_come
+    total, grown = with_growth(ray.cluster_resources(), growth())
+    others = [node for node in there if not any(kind.items() <= node.items() for kind in grown)]
+    return total, others + grown
 
 
-def run_plan(plan: Plan) -> list[TrialFailure]:
+def run_plan(plan: Plan, run: str = "") -> list[TrialFailure]:
     """Runs every unfinished stage of a plan under Ray Tune.
+
+    Args:
+        plan: What to run.
+        run: Name under which all of it may be asked to stop.
 
     Returns:
         Trials that failed; the others are finished.
@@ -146,7 +155,7 @@ def run_plan(plan: Plan) -> list[TrialFailure]:
     concurrency = concurrent_trials(plan.remaining(), *cluster_resources())
     plan = sharing_cores(plan, min(concurrency, len(waiting)), os.cpu_count() or 1)
     trainable = ray.tune.with_resources(
-        ray.tune.with_parameters(_run_trial, plan=plan), trial_resources(plan.remaining())
+        ray.tune.with_parameters(_run_trial, plan=plan, run=run), trial_resources(plan.remaining())
     )
     with tempfile.TemporaryDirectory() as scratch:
         tuner = ray.tune.Tuner(
@@ -221,11 +230,11 @@ def last_line(error: BaseException) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def _run_trial(config: dict[str, Any], plan: Plan) -> dict[str, Any]:
+def _run_trial(config: dict[str, Any], plan: Plan, run: str = "") -> dict[str, Any]:
     """Walks a trial's path; runs on a Tune actor that takes no resources itself."""
     trial = waiting_trials(plan)[config["trial"]]
     try:
-        run_stages([plan.stages[key] for key in trial.path], plan.storage)
+        run_stages([plan.stages[key] for key in trial.path], plan.storage, run)
     except StageStopped:
         pass  # whoever asked for it tells of it
     except KdscaleError as error:
@@ -243,8 +252,15 @@ def refusal(error: KdscaleError) -> str:
     return str(error)
 
 
-def run_stages(path: Sequence[Stage], storage: Storage) -> None:
+def run_stages(path: Sequence[Stage], storage: Storage, run: str = "") -> None:
     """Runs what is unfinished of a path, in one group of workers; waits for other writers.
+
+    Workers that must go away soon end early, and the path is taken up again at once.
+
+    Args:
+        path: Stages, in order.
+        storage: Where they are.
+        run: Name under which the driver's run may be asked to stop.
 
     Raises:
         StageFailed: If the workers failed; StageRefused where they would fail again.
@@ -254,8 +270,8 @@ def run_stages(path: Sequence[Stage], storage: Storage) -> None:
         with ExitStack() as leases, suppress(LeaseLost):  # then another writer is waited for
             tokens: list[str] = []
             for stage in pending:
-                check_stop(stage.store(storage))
-                lease = Lease.acquire(stage.store(storage))
+                check_stop(stage.store(storage), run)
+                lease = Lease.acquire(stage.store(storage), run)
                 if lease is None:
                     break
                 tokens.append(leases.enter_context(lease).token)  # it beats from here on
@@ -298,11 +314,15 @@ def _run_in_turn(stages: Sequence[Stage], tokens: Sequence[str], storage: Storag
             fit([group_job(stage, token, storage) for stage, token in group])
 
 
-def _team(stage: Stage) -> tuple[bool, str]:
+def _team(stage: Stage) -> tuple[bool, str, str]:
     """Names the group of processes that a stage wants."""
     run = stage.recipe.run
     by_shard = isinstance(stage.recipe, Embed | Features | Answers)
-    return by_shard, "" if run is None else run.model_dump_json()
+    if run is None:
+        return by_shard, "", ""
+    gpus = on_gpus_for(gpus_for(stage.recipe), run.gpus_per_worker)
+    counts = allowed_workers(stage.recipe) if run.min_workers is not None else ()
+    return by_shard, run.model_dump_json(), f"{counts} {gpus}"
 
 
 def raise_failures(failures: Sequence[TrialFailure], storage: Storage) -> None:

@@ -60,6 +60,7 @@ class Work:
         stages: The trial's path.
         own: Of these, the followed stage and those after it.
         metric: What is reported.
+        run: Name under which the driver's run may be asked to stop.
         finished: Nothing is to be run; inputs of its outcome may be gone.
     """
 
@@ -68,6 +69,7 @@ class Work:
     own: tuple[Stage, ...]
     storage: Storage
     metric: str
+    run: str
     finished: bool
 
     def __str__(self) -> str:
@@ -79,11 +81,12 @@ class Work:
         return self.own[0]
 
     @classmethod
-    def of(cls, plan: Plan, trial: PlannedTrial, search: Search) -> Work:
+    def of(cls, plan: Plan, trial: PlannedTrial, search: Search, run: str = "") -> Work:
         """Returns what to tell of one of a plan's trials."""
         path = tuple(plan.stages[key] for key in trial.path)
         own = tuple(own_stages(plan, trial, search))
-        return cls(trial, path, own, plan.storage, search.metric, is_finished(plan, trial))
+        finished = is_finished(plan, trial)
+        return cls(trial, path, own, plan.storage, search.metric, run, finished)
 
     def last(self) -> dict[str, Any]:
         """Returns the metric's last value, by the last of the trial's own stages that has it."""
@@ -96,7 +99,11 @@ class Work:
 
 
 def run_search(
-    plan: Plan, sweep: Sweep, say: Callable[[str], None], is_over: Callable[[], bool]
+    plan: Plan,
+    sweep: Sweep,
+    say: Callable[[str], None],
+    is_over: Callable[[], bool],
+    run: str = "",
 ) -> list[TrialFailure]:
     """Runs what is left of a search: its unfinished trials, and what a searcher suggests.
 
@@ -105,6 +112,7 @@ def run_search(
         sweep: A sweep whose search is steered.
         say: Tells people of data that are prepared.
         is_over: Whether nothing more is to be begun.
+        run: As of `run_plan`.
 
     Returns:
         Trials that failed.
@@ -127,14 +135,14 @@ def run_search(
     if chosen is None:
         shared = sharing_cores(plan, at_once, os.cpu_count() or 1)
         planned = [trial for trial in plan.trials if trial.sweep == sweep.name]
-        works = [Work.of(shared, trial, search) for trial in planned]
+        works = [Work.of(shared, trial, search, run) for trial in planned]
         return _fit(search, works, stages, options)
     prepare(probe, say)
 
     def work_of(config: Mapping[str, Any]) -> Work:
         added, trial = _added(plan, sweep, config)
         prepare(added, say)
-        return Work.of(sharing_cores(added, at_once, os.cpu_count() or 1), trial, search)
+        return Work.of(sharing_cores(added, at_once, os.cpu_count() or 1), trial, search, run)
 
     options["search_alg"] = Suggested(_fresh(search.searcher), search, chosen, work_of, is_over)
     options["num_samples"] = len(chosen.unfinished) + chosen.num_left
@@ -199,7 +207,7 @@ def _run_trial(config: dict[str, Any], works: Sequence[Work]) -> dict[str, Any]:
     with Reporter(work):
         try:
             if not work.finished and stopped(work.followed.store(work.storage)) is None:
-                run_stages(work.stages, work.storage)
+                run_stages(work.stages, work.storage, work.run)
         except StageStopped:
             if stopped(work.followed.store(work.storage)) is None:
                 return found  # it is the sweep that stops: this trial goes on another time

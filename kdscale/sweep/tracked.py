@@ -144,11 +144,13 @@ class StageRun:
             self.status = FINISHED
             return
         early, failure = stopped(self._store), self._store.failure()
-        self.status = STOPPED if early is not None else FAILED
+        self.status = STOPPED if early is not None or failure is None else FAILED
         if early is not None:
             self.note = f"stopped early at step {early['step']}: {early['reason']}"
         elif failure is not None:
             self.note = failure["message"]
+        else:
+            self.note = "interrupted: another run goes on from the last checkpoint"
         if self.note:
             self._client.set_tag(self.run_id, NOTE, self.note)
         self._client.set_terminated(self.run_id, self.status)
