@@ -220,8 +220,7 @@ def _work(config: dict[str, Any]) -> None:
                 if Requests(job, world).have_come(look=True):
                     stop_at_checkpoint(job, world, Checkpoints(job.stage, keep=1))
                 attempt = _attempt_of(job)
-                ours = first is not None and first.job is job
-                stream = first if ours else _Started(job, rank, size)
+                stream, first = first or _Started(job, rank, size), None
                 attempt(job, world, report).train(stream.batches)
                 log.say("finished")
 

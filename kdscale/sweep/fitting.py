@@ -53,7 +53,8 @@ def trial_resources(stages: Sequence[Stage]) -> dict[str, float]:
     gpus = max(run.gpus_per_worker for run in runs)
     if not gpus:
         return resources
-    role = max(gpus_for(stage.recipe) for stage in own)  # "training" if any of them trains
+    trains = any(gpus_for(stage.recipe) == "training" for stage in own)
+    role: GpuRole = "training" if trains else "inference"
     return resources | {"GPU": gpus} | on_gpus_for(role, gpus)
 
 

@@ -297,7 +297,7 @@ def _run_in_turn(stages: Sequence[Stage], tokens: Sequence[str], storage: Storag
     from kdscale.stages.worker import embed, fit
 
     pairs = list(zip(stages, tokens, strict=True))
-    for (by_shard, _), group in groupby(pairs, lambda pair: _team(pair[0])):
+    for (by_shard, *_), group in groupby(pairs, lambda pair: _team(pair[0])):
         if by_shard:
             answers: list[tuple[AnswersJob, Answers]] = []
             for stage, token in group:
