@@ -114,6 +114,9 @@ def test_the_checks_find_what_is_different() -> None:
     for words in ("student.pt differs", "more is too much", "scores.json is missing", "step 2 on"):
         assert words in wrong
 
+    twice = replace(CONTROL, repeated=2)
+    assert check.identical(CONTROL, twice) == ""
+    assert "2 steps were done twice" in check.identical(CONTROL, twice, told=True)
     for there, words in (([1, 1, 2], "twice [1]"), ([2], "missing [1]"), ([1, 2, 3], "unknown")):
         found = replace(CONTROL, metrics={"distill/a": {"loss": there}})
         assert words in check.tracked(CONTROL, found)

@@ -123,8 +123,8 @@ def finished(control: Outcome, found: Outcome, exit_code: int | None) -> str:
     return _listed("not finished", sorted(control.steps.keys() - found.steps.keys()))
 
 
-def identical(control: Outcome, found: Outcome) -> str:
-    """Tells which results differ."""
+def identical(control: Outcome, found: Outcome, *, told: bool = False) -> str:
+    """Tells which results differ; of a fault that is announced, whether steps were repeated."""
     wrong = [
         f"{name} {what}"
         for name in sorted(control.outputs.keys() | found.outputs.keys())
@@ -137,6 +137,7 @@ def identical(control: Outcome, found: Outcome) -> str:
         elif lines != other:
             first = next(a["step"] for a, b in zip(lines, other, strict=True) if a != b)
             wrong.append(f"{name} differs from step {first} on")
+    wrong += [f"{found.repeated} steps were done twice"] if told and found.repeated else []
     return _listed("differs", wrong)
 
 

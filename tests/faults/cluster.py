@@ -8,6 +8,7 @@ ends. Only root may make them.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -100,6 +101,13 @@ class Node:
         found = [p for p in self.processes() if "/raylet/raylet " in p.command]
         return found[0] if found else None
 
+    def id(self) -> str:
+        """Returns what Ray calls the node."""
+        raylet = self.raylet()
+        found = re.search(r"--node[-_]id[= ]([0-9a-f]+)", raylet.command if raylet else "")
+        assert found is not None, "a raylet names its node"
+        return found[1]
+
     def is_up(self) -> bool:
         """Tells whether its processes have not been told to end, and have not ended."""
         return self._process.poll() is None
@@ -154,7 +162,11 @@ class Cluster:
         """Starts a node in place of one that is lost; a head is not replaced below a driver."""
         lost = len(self.nodes) < len(self.machines) or not self.nodes[-1].is_up()
         if len(self.machines) > 1 and lost and self.nodes[0].is_up():
-            self.nodes[1:] = [Node(self.machines[1], self.env, CPUS, self.address)]
+            self.add()
+
+    def add(self) -> None:
+        """Starts one more node that works."""
+        self.nodes.append(Node(self.machines[1], self.env, CPUS, self.address))
 
     def _wait_for_ports(self) -> None:
         """Waits until the head answers."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -38,6 +39,7 @@ class Fault:
         mounted: On a storage that is a mount of its own.
         server: With an MLflow server rather than a file.
         again: Why the command may be given again, as a user would; empty where it must not be.
+        told: Whether it is announced, so that no step must be done twice.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Fault:
     mounted: bool = False
     server: bool = False
     again: str = ""
+    told: bool = False
 
     def lacking(self) -> str:
         """Says what this machine lacks for it."""
@@ -64,12 +67,14 @@ def nothing(run: Run) -> str:
     return "nothing"
 
 
-def kill_one(kind: str, kinds: tuple[str, ...] = TRAINING) -> Callable[[Run], str]:
-    """Returns a fault that kills one of the processes that do a kind of work, as in `TITLES`."""
+def signal_one(
+    kind: str, kinds: tuple[str, ...] = TRAINING, sent: signal.Signals = signal.SIGKILL
+) -> Callable[[Run], str]:
+    """Returns a fault that sends a signal to a process that does a kind of work, as in `TITLES`."""
 
     def inject(run: Run) -> str:
         moment = run.until_moment(kinds)
-        return f"{_kill(run, kind)} {moment}"
+        return f"{_send(run, kind, sent)} {moment}"
 
     return inject
 
@@ -77,15 +82,15 @@ def kill_one(kind: str, kinds: tuple[str, ...] = TRAINING) -> Callable[[Run], st
 def kill_reader(run: Run) -> str:
     """Kills a task that reads for a stage: it has done so before the first step is told of."""
     stage = run.until_before(TRAINING)
-    return f"{_kill(run, 'reader')} for {stage}"
+    return f"{_send(run, 'reader', signal.SIGKILL)} for {stage}"
 
 
-def _kill(run: Run, kind: str) -> str:
-    """Kills one of the processes that do a kind of work as soon as there is one."""
+def _send(run: Run, kind: str, sent: signal.Signals) -> str:
+    """Signals one of the processes that do a kind of work as soon as there is one."""
     found = run.wait_for(lambda: doing(os.getpid(), kind), f"a {kind}")
     victim: Process = run.drawn.choice(found)
-    kill([victim])
-    return f"SIGKILL to {victim.name}"
+    kill([victim], sent)
+    return f"{sent.name} to {victim.name}"
 
 
 def kill_driver(run: Run) -> str:
@@ -206,15 +211,32 @@ def terminate(run: Run) -> str:
     return f"SIGTERM to the driver {moment}; it ended after {time.monotonic() - began:.0f} s"
 
 
+def drain(run: Run) -> str:
+    """Drains the node that works, two minutes before it is taken; another one has come."""
+    moment = run.until_moment(TRAINING)
+    node = run.cluster.nodes[1]
+    run.cluster.add()
+    run.wait_for(lambda: run.cluster.nodes[2].raylet(), "another node")
+    words = ["ray", "drain-node", "--address", run.cluster.address, "--node-id", node.id()]
+    words += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+    words += ["--deadline-remaining-seconds", str(GRACE_S)]
+    words[0] = str(Path(sys.executable).with_name("ray"))
+    done = run.call(*run.cluster.machines[0].command(*words))
+    assert done.returncode == 0, done.stderr[-300:]
+    run.sleep(GRACE_S)
+    kill(node.processes())
+    return f"the node drained {GRACE_S} s before it is killed {moment}"
+
+
 AGAIN = "the driver has ended"
 CONTROL = Fault("control", "none (control)", nothing)
 FAULTS = {
     fault.name: fault
     for fault in (
         Fault("reader", "SIGKILL of a reader task", kill_reader),
-        Fault("worker", "SIGKILL of a Train worker", kill_one("worker")),
-        Fault("controller", "SIGKILL of the Train controller", kill_one("controller")),
-        Fault("trial", "SIGKILL of the Tune trial", kill_one("trial", ANY)),
+        Fault("worker", "SIGKILL of a Train worker", signal_one("worker")),
+        Fault("controller", "SIGKILL of the Train controller", signal_one("controller")),
+        Fault("trial", "SIGKILL of the Tune trial", signal_one("trial", ANY)),
         Fault("driver", "SIGKILL of the driver", kill_driver, again=AGAIN),
         Fault("raylet", "SIGKILL of the raylet of a node", kill_raylet, apart=True),
         Fault("head", "SIGKILL of the head", kill_head, apart=True, again=AGAIN),
@@ -228,7 +250,16 @@ FAULTS = {
         ),
         Fault("read_only", "storage read-only for 1 minute", read_only, mounted=True),
         Fault("disk_full", "disk full on the node that works", disk_full, apart=True),
-        Fault("sigterm", "SIGTERM, 2 minutes before the end", terminate, again=AGAIN),
+        Fault(
+            "sigterm", "SIGTERM to the driver, with 2 minutes", terminate, again=AGAIN, told=True
+        ),
+        Fault(
+            "sigterm_worker",
+            "SIGTERM to a Train worker",
+            signal_one("worker", sent=signal.SIGTERM),
+            told=True,
+        ),
+        Fault("drain", "node drained 2 minutes before its end", drain, apart=True, told=True),
         Fault("memory", "Ray's memory monitor ends a worker", out_of_memory, apart=True),
     )
 }

@@ -279,7 +279,7 @@ def run_row(fault: Fault, seed: int, work: Path, patience: float) -> Row:
     seconds = time.monotonic() - began
     checks = {
         "finished": check.finished(control, found, run.exit_code),
-        "identical": check.identical(control, found),
+        "identical": check.identical(control, found, told=fault.told),
         "mlflow": check.tracked(control, found),
         "resources": run.held(),
         "orphans": run.left(),
