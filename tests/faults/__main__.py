@@ -33,7 +33,7 @@ from faults.results import (
 from faults.row import REPOSITORY, SWEEP, place
 from kdscale.core.storage import Storage
 
-LONGEST_PATH = 40  # Ray's sockets lie deep below it, and their names are limited to 107 bytes
+LONGEST_PATH = 36  # Ray's sockets lie deep below it, and their names are limited to 107 bytes
 ROW_S = 1200
 OWN_MOUNTS = ["unshare", "--mount", "--propagation", "private"]
 COMMAND = "make faults"

@@ -17,12 +17,18 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from faults.processes import Process, below, beside, kill, wait_for
+from faults.processes import Process, below, beside, command_of, kill, wait_for
 
 CPUS = 4
 STORE_BYTES = 256 << 20
 OWN = ["unshare", "--net", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc"]
 HEAD, NODE = "10.213.1", "10.213.2"  # networks of the head's and the node's side of the wire
+READY = """
+import time, ray
+ray.init(log_to_driver=False, logging_level="error")
+while ray.cluster_resources().get("CPU", 0) == 0:
+    time.sleep(0.2)
+"""
 
 
 class Machine:
@@ -81,6 +87,7 @@ class Node:
             port = self.address.rpartition(":")[2]
             own = ["--head", "--port", port, "--ray-client-server-port", str(free_port())]
             own += ["--include-dashboard", "false"]
+        own += ["--dashboard-agent-listen-port", str(free_port())]
         ray = [str(Path(sys.executable).with_name("ray")), "start", "--block", *own]
         ray += ["--node-ip-address", machine.host, "--num-cpus", str(num_cpus)]
         ray += ["--temp-dir", str(machine.folder / "r"), "--disable-usage-stats"]
@@ -93,7 +100,7 @@ class Node:
 
     def processes(self) -> list[Process]:
         """Returns the node's own processes, its workers among them."""
-        own = Process(self._process.pid, "ray start")
+        own = Process(self._process.pid, command_of(self._process.pid))
         return [own, *below(own.pid)] if self.is_up() else []
 
     def raylet(self) -> Process | None:
@@ -155,8 +162,8 @@ class Cluster:
                 node.stop(30 * self.patience)
             cpus = 0 if len(self.machines) > 1 else CPUS
             self.nodes = [Node(self.machines[0], self.env, cpus, None)]
-            self._wait_for_ports()
         self.heal()
+        self._wait_until_ready()
 
     def heal(self) -> None:
         """Starts a node in place of one that is lost; a head is not replaced below a driver."""
@@ -168,17 +175,16 @@ class Cluster:
         """Starts one more node that works."""
         self.nodes.append(Node(self.machines[1], self.env, CPUS, self.address))
 
-    def _wait_for_ports(self) -> None:
-        """Waits until the head answers."""
-        host, port = self.address.split(":")
-        program = f"import socket; socket.create_connection(('{host}', {port}), 5)"
-        command = self.machines[0].command(sys.executable, "-c", program)
+    def _wait_until_ready(self) -> None:
+        """Waits until the head answers and somebody can work."""
+        command = self.machines[0].command(sys.executable, "-c", READY)
+        env = self.env | {"RAY_ADDRESS": self.address}
 
-        def answers() -> bool:
+        def is_ready() -> bool:
             assert self.nodes[0].is_up(), "Ray's head has ended: see head.log"
-            return subprocess.run(command, capture_output=True).returncode == 0
+            return subprocess.run(command, env=env, capture_output=True).returncode == 0
 
-        wait_for(answers, "Ray's head", 120 * self.patience, every_s=0.5)
+        wait_for(is_ready, "a cluster that can work", 120 * self.patience, every_s=0.5)
 
     def cut(self) -> None:
         """Loses whatever is sent between the two machines, silently."""

@@ -26,6 +26,7 @@ TITLES: dict[str, tuple[str, ...]] = {
     "controller": ("TrainController",),
     "trial": ("ImplicitFunc",),
 }
+NOT_READERS = ("MapWorker", "_StatsActor")  # actors of Ray Data's
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ def doing(root: int, kind: str) -> list[Process]:
         for process in below(root)
         if process.command.startswith("ray::")
         and any(word in process.command for word in TITLES[kind])
+        and not any(word in process.command for word in NOT_READERS)
     ]
 
 

@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 from faults import check
 from faults.cluster import Cluster, free_port
@@ -29,6 +30,7 @@ from kdscale.core.storage import Storage
 
 REPOSITORY = Path(__file__).parents[2]
 SWEEP = REPOSITORY / "tests" / "fault_sweep.py"
+RAY = "r"
 RUN_S, FREE_S, END_S = 400, 60, 30
 STORAGE_DISK, NODE_DISK = "1g", "512m"
 RESOURCES = """
@@ -67,7 +69,9 @@ class Run:
             self._port = free_port()
             self.tracking_uri = f"http://127.0.0.1:{self._port}"
             self.start_server()
-        self.cluster = Cluster(self.folder, fault.apart, self._env(), patience)
+        # Ray's sockets need a short path: it is moved into the row's directory afterwards.
+        shutil.rmtree(work / RAY, ignore_errors=True)
+        self.cluster = Cluster(work / RAY, fault.apart, self._env(), patience)
         self._prepare_node()
         self.cluster.start()
         self._driver: subprocess.Popen[bytes] | None = None
@@ -215,8 +219,12 @@ class Run:
         program += ["--artifacts-destination", f"{self.folder}/m/artifacts"]
         log = (self.folder / "mlflow.log").open("ab")
         self._server = subprocess.Popen(program, stdout=log, stderr=log, start_new_session=True)
-        answers = ["curl", "-sf", f"{self.tracking_uri}/health"]
-        wait_for(lambda: self.call(*answers).returncode == 0, "MLflow", 120 * self.patience, 1.0)
+        wait_for(self._server_answers, "MLflow's server", 120 * self.patience, every_s=1.0)
+
+    def _server_answers(self) -> bool:
+        with suppress(OSError), urlopen(f"{self.tracking_uri}/health", timeout=10) as answer:
+            return answer.status == 200
+        return False
 
     def stop_server(self) -> None:
         """Kills MLflow's server with all its processes."""
@@ -255,7 +263,7 @@ class Run:
 
 
 def place(work: Path, fault: str, seed: int) -> Path:
-    """Returns a row's directory; its path is short, as Ray's sockets need."""
+    """Returns a row's directory."""
     return work / "rows" / f"{fault}{seed}"
 
 
@@ -300,6 +308,7 @@ def main() -> None:
         row = run_row(fault, seed, work, float(patience))
     finally:
         end_all(os.getpid())
+        shutil.move(work / RAY, place(work, name, seed) / "ray")
     (place(work, name, seed) / "row.json").write_text(json.dumps(asdict(row)))
 
 
