@@ -24,10 +24,13 @@ STORE_BYTES = 256 << 20
 OWN = ["unshare", "--net", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc"]
 HEAD, NODE = "10.213.1", "10.213.2"  # networks of the head's and the node's side of the wire
 READY = """
-import time, ray
+import sys, time, ray
 ray.init(log_to_driver=False, logging_level="error")
-while ray.cluster_resources().get("CPU", 0) == 0:
+for _ in range(100):
+    if ray.cluster_resources().get("CPU", 0) > 0:
+        sys.exit()
     time.sleep(0.2)
+sys.exit(1)
 """
 
 
@@ -182,6 +185,7 @@ class Cluster:
 
         def is_ready() -> bool:
             assert self.nodes[0].is_up(), "Ray's head has ended: see head.log"
+            self.heal()
             return subprocess.run(command, env=env, capture_output=True).returncode == 0
 
         wait_for(is_ready, "a cluster that can work", 120 * self.patience, every_s=0.5)

@@ -114,6 +114,7 @@ class Run:
             "RAY_TRAIN_V2_ENABLED": "1",
             "RAY_worker_niceness": "0",
             "RAY_raylet_start_wait_time_s": "600",  # the machine may be busy
+            "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "600",
         }
 
     def start(self) -> None:
