@@ -159,14 +159,20 @@ class Cluster:
         return self.nodes[0].address
 
     def start(self) -> None:
-        """Starts what is not running: the head first, which has no work to do beside another."""
+        """Starts what is not running, and waits until the head answers and somebody can work."""
+        wait_for(self._is_ready, "a cluster that can work", 120 * self.patience, every_s=0.5)
+
+    def _is_ready(self) -> bool:
+        """Starts what is not running, or has missed Ray's own limits of start-up; asks the head."""
         if not self.nodes or not self.nodes[0].is_up():
             for node in self.nodes:
                 node.stop(30 * self.patience)
             cpus = 0 if len(self.machines) > 1 else CPUS
             self.nodes = [Node(self.machines[0], self.env, cpus, None)]
         self.heal()
-        self._wait_until_ready()
+        command = self.machines[0].command(sys.executable, "-c", READY)
+        env = self.env | {"RAY_ADDRESS": self.address}
+        return subprocess.run(command, env=env, capture_output=True).returncode == 0
 
     def heal(self) -> None:
         """Starts a node in place of one that is lost; a head is not replaced below a driver."""
@@ -177,18 +183,6 @@ class Cluster:
     def add(self) -> None:
         """Starts one more node that works."""
         self.nodes.append(Node(self.machines[1], self.env, CPUS, self.address))
-
-    def _wait_until_ready(self) -> None:
-        """Waits until the head answers and somebody can work."""
-        command = self.machines[0].command(sys.executable, "-c", READY)
-        env = self.env | {"RAY_ADDRESS": self.address}
-
-        def is_ready() -> bool:
-            assert self.nodes[0].is_up(), "Ray's head has ended: see head.log"
-            self.heal()
-            return subprocess.run(command, env=env, capture_output=True).returncode == 0
-
-        wait_for(is_ready, "a cluster that can work", 120 * self.patience, every_s=0.5)
 
     def cut(self) -> None:
         """Loses whatever is sent between the two machines, silently."""

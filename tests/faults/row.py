@@ -113,8 +113,7 @@ class Run:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "RAY_TRAIN_V2_ENABLED": "1",
             "RAY_worker_niceness": "0",
-            "RAY_raylet_start_wait_time_s": "600",  # the machine may be busy
-            "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "600",
+            "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "600",  # the machine may be busy
         }
 
     def start(self) -> None:
