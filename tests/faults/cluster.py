@@ -43,7 +43,7 @@ class Machine:
     """
 
     def __init__(self, folder: Path, apart: bool) -> None:
-        self.folder, self.host, self._inside = folder, "127.0.0.1", 0
+        self.folder, self.host, self._inside = folder, _own_address(), 0
         folder.mkdir(parents=True, exist_ok=True)
         if apart:
             # Stopped by a signal only; children whose parents end become its own.
@@ -230,5 +230,13 @@ def _plug(machine: Machine, wire: Machine, network: str) -> None:
 def free_port() -> int:
     """Returns a port that nobody listens at."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind(("", 0))
         return probe.getsockname()[1]
+
+
+def _own_address() -> str:
+    """Returns the address that Ray gives this machine: the one that it would send from."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        probe.connect(("8.8.8.8", 80))  # nothing is sent
+        return probe.getsockname()[0]
+    return "127.0.0.1"
