@@ -7,7 +7,7 @@ PYTEST := OMP_NUM_THREADS=1 RAY_worker_niceness=0 $(BIN)/python -m pytest
 export RAY_TRAIN_V2_ENABLED := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test slow walk nightly test-fast lint type bench soak lock audit clean
+.PHONY: help setup quickstart test slow walk nightly test-fast lint type bench soak faults lock audit clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -58,6 +58,11 @@ bench: setup ## CPU benchmarks, each beside its baseline
 
 soak: setup ## half an hour of sweeps back to back: memory and open files stay flat
 	@$(BIN)/python benchmarks/soak_sweeps.py --minutes 30
+
+# What was done is kept there: the same command goes on. Options, e.g. FAULTS="--only worker".
+FAULT_ROWS ?= /tmp/kdscale-faults
+faults: setup ## the fault matrix, into docs/reliability.md; as root, in two hours or so
+	@PYTHONPATH=tests $(BIN)/python -m faults --work $(FAULT_ROWS) --page docs/reliability.md $(FAULTS)
 
 lock: setup ## resolve pyproject.toml again into requirements.lock
 	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url \

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import re
 from pathlib import Path
 
@@ -184,6 +186,29 @@ def test_faults_of_the_disk_are_named(tmp_path: Path) -> None:
             act()
     with pytest.raises(StorageError, match="cannot read"):
         Storage(str(tmp_path)).read(".")
+
+
+def test_a_disk_that_refuses_for_a_moment_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdscale.core.storage.LOOK_EVERY_S", 0.01)
+    target, replace_file, codes = Storage(str(tmp_path)), os.replace, [errno.EROFS, errno.ENOSPC]
+
+    def refuse(*paths: Path) -> None:
+        if codes:
+            raise OSError(codes.pop(), "not now")
+        replace_file(*paths)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    target.write(b"whole", "a")
+    assert (target.read("a"), target.names()) == (b"whole", ["a"])
+    codes.append(errno.EACCES)  # nobody will change that
+    with pytest.raises(StorageError, match="cannot write"):
+        target.write(b"", "b")
+    monkeypatch.setattr("kdscale.core.storage.WAIT_S", 0.05)
+    codes += [errno.EROFS] * 1000
+    with pytest.raises(StorageError, match="not now"):
+        target.write(b"", "c")
 
 
 def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

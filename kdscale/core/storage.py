@@ -3,6 +3,9 @@
 `<root>/stages/<kind>/<key>/` holds a stage: `stage.json`, `journal/`, `checkpoints/`, `output/`
 and, written last, `DONE`. A stage without `DONE` does not exist for anybody else. One writer at
 a time holds the newest `LEASE-<number>` (`kdscale.core.lease`).
+
+A disk that is read-only, full or out of reach for a moment is waited for: a training stands still
+meanwhile, and nothing of it is done again.
 """
 
 # pyright: basic
@@ -11,21 +14,27 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import tempfile
 import time
 import uuid
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from kdscale.core.redaction import redacted
 from kdscale.core.types import StorageError, refuse_secret
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+PASSING = {errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE}
+WAIT_S, LOOK_EVERY_S = 300.0, 2.0
 
 
 class Storage:
@@ -102,7 +111,7 @@ class Storage:
         target = self.path(*parts)
         try:
             if self.is_local:
-                _write_local(Path(target), data)
+                self._patiently(lambda: _write_local(Path(target), data))
             else:
                 self.fs.pipe_file(target, data)
         except OSError as error:
@@ -173,7 +182,7 @@ class Storage:
         """Removes a file or a whole directory; an absent one is no error."""
         if self.exists(*parts):
             with suppress(FileNotFoundError):  # another process may be quicker
-                self.fs.rm(self.path(*parts), recursive=True)
+                self._patiently(lambda: self.fs.rm(self.path(*parts), recursive=True))
 
     def create(self, data: bytes, *parts: str) -> bool:
         """Creates a file if absent and returns whether it did.
@@ -185,8 +194,8 @@ class Storage:
         if not self.is_local and self.exists(*parts):
             return False
         try:
-            self.fs.makedirs(self.fs._parent(target), exist_ok=True)
-            with self.fs.open(target, "xb") as file:
+            self._patiently(lambda: self.fs.makedirs(self.fs._parent(target), exist_ok=True))
+            with self._patiently(lambda: self.fs.open(target, "xb")) as file:
                 file.write(data)
         except FileExistsError:
             return False
@@ -201,6 +210,24 @@ class Storage:
                 return False
             raise _unwritable(self.url(*parts), error) from error
         return True
+
+    def _patiently(self, act: Callable[[], T]) -> T:
+        """Does something again for `WAIT_S` while the disk refuses for a reason that may pass.
+
+        Object stores' clients have their own patience.
+        """
+        deadline = time.monotonic() + (WAIT_S if self.is_local else 0.0)
+        warned = False
+        while True:
+            try:
+                return act()
+            except OSError as error:
+                if error.errno not in PASSING or time.monotonic() >= deadline:
+                    raise
+                if not warned:
+                    logger.warning("%s: trying again for %.0f minutes", error, WAIT_S / 60)
+                warned = True
+                time.sleep(LOOK_EVERY_S)
 
     def _create_where_none_is_seen(self, data: bytes, *parts: str) -> bool:
         """Creates a file in two steps, between which another process may do so."""
