@@ -28,6 +28,7 @@ LAYERS = {
     "cli_doctor": 4,
     "cli_evaluate": 4,
     "cli_export": 4,
+    "cli_logs": 4,
     "cli_plan": 4,
     "cli_request": 4,
     "lmms_model": 3,
@@ -44,6 +45,7 @@ RAY_FILES = {
     "sweep/steer.py",
     "sweep/suggest.py",
     "sweep/upload.py",
+    "stages/group.py",
     "stages/worker.py",
     "data/stream.py",
 }
