@@ -21,6 +21,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from kdscale.core.redaction import redacted
 from kdscale.core.stop import stopped
 from kdscale.core.storage import StageStore, Storage
@@ -58,6 +60,7 @@ PARENT_TAG = "mlflow.parentRunId"
 UNFOLDED = {"mlflow.runType": "evaluation"}  # MLflow's pages open the parents of such runs
 RUNS_A_PAGE = 200  # which a server answers within the time-out above
 MAX_NAME = 250  # of a run, in MLflow's tables
+SQLITE = "sqlite:///"
 LOCAL_UI = "http://127.0.0.1:5000"
 
 
@@ -72,7 +75,21 @@ def default_tracking_uri(storage: Storage) -> str:
         os.makedirs(root, exist_ok=True)
     except OSError as error:
         raise StorageError(f"cannot make {root}: {error}; choose another --storage") from error
-    return f"sqlite:///{root}/mlflow.db"
+    return f"{SQLITE}{root}/mlflow.db"
+
+
+def _connect(uri: str) -> Any:
+    """Returns MLflow's client; a SQLite file is made by one process at a time.
+
+    Of two drivers that start together on one storage, one would find the other's tables half made,
+    and the file would be of no use to anybody from then on.
+    """
+    from mlflow import MlflowClient
+
+    if not uri.startswith(SQLITE):
+        return MlflowClient(tracking_uri=uri)
+    with FileLock(uri.removeprefix(SQLITE) + ".lock"):
+        return MlflowClient(tracking_uri=uri)
 
 
 def viewing(uri: str) -> str:
@@ -107,10 +124,8 @@ class Tracker:
     def __init__(
         self, uri: str, sweep: str, plan: Plan, command: str = "kdscale run", question: str = ""
     ) -> None:
-        from mlflow import MlflowClient
-
         logging.getLogger("mlflow").setLevel(logging.WARNING)
-        self._client = MlflowClient(tracking_uri=uri)
+        self._client = _connect(uri)
         self.sweep, self._plan = sweep, plan
         self._experiment = self._find_experiment(uri, f"{question.strip()}\n\n    {command}")
         self._known = self._runs()
@@ -208,8 +223,8 @@ class Tracker:
         found = self._client.get_experiment_by_name(name)
         if found is None:
             location = None
-            if uri.startswith("sqlite:///"):
-                location = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
+            if uri.startswith(SQLITE):
+                location = (Path(uri.removeprefix(SQLITE)).parent / "mlartifacts").as_uri()
             self._client.create_experiment(name, artifact_location=location)
             found = self._client.get_experiment_by_name(name)
         assert found is not None
