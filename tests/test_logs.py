@@ -43,6 +43,7 @@ def test_a_log_holds_what_is_printed_warned_and_logged(
     stage: StageStore, capsys: pytest.CaptureFixture[str]
 ) -> None:
     library = logging.getLogger("library")
+    logging.disable(logging.NOTSET)  # `kdscale cluster`, tested in this process, has set it
     handler = logging.StreamHandler()  # keeps the stream that it finds, as those of libraries do
     library.addHandler(handler)
     with StageLog(stage, "worker0", title="vit_t16") as log:
