@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import secrets
 import shutil
 import signal
 import subprocess
@@ -30,6 +31,7 @@ from kdscale.core.storage import Storage
 
 REPOSITORY = Path(__file__).parents[2]
 SWEEP = REPOSITORY / "tests" / "fault_sweep.py"
+TOKEN = secrets.token_hex(32)  # without it no driver may connect to a head
 RAY = "r"
 RUN_S, FREE_S, END_S = 400, 60, 30
 STORAGE_DISK, NODE_DISK = "1g", "512m"
@@ -108,6 +110,8 @@ class Run:
         env = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
         paths = [str(REPOSITORY), env.get("PYTHONPATH", "")]
         return env | {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": TOKEN,
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
             "OMP_NUM_THREADS": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
