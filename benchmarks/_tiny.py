@@ -39,7 +39,13 @@ def tiny_sweep(name: str, seeds: Sequence[int], **settings: Any) -> Sweep:
     """Returns a sweep of one student a seed: `SAMPLES // BATCH` steps each."""
     data = DataSpec(name="pairs")
     classes = ZeroShotSpec(name="pairs", data=data, classnames=CLASSES, templates=("a {}",))
-    fields = {"teacher": vit(12), "loss": "mse", "teacher_outputs": "cached", "run": ALONE}
+    fields = {
+        "teacher": vit(12),
+        "loss": "mse",
+        "teacher_outputs": "cached",
+        "views": 1,
+        "run": ALONE,
+    }
     sizes = {"global_batch_size": BATCH, "bn_group": BATCH, "epochs": 1, "warmup_steps": 1}
     student = Distill(
         student=vit(8),
