@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -49,6 +51,17 @@ def render(
             console.print(f"wrote {out}", highlight=False)
 
 
+@contextmanager
+def without_remarks() -> Generator[None]:
+    """Keeps Ray's remarks on a configuration from the terminal."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 @cluster_app.command("check")
 def check(
     file: Annotated[Path, typer.Argument(help="A configuration of Ray's cluster launcher.")] = Path(
@@ -56,8 +69,7 @@ def check(
     ),
 ) -> None:
     """Check a cluster: Ray's schema, doors, token, idle time-out, storage, locks."""
-    logging.disable(logging.WARNING)  # Ray's remarks
-    with guarded():
+    with without_remarks(), guarded():
         check_config(read_config(file), str(file))
         console.print(f"{file}: nothing public, one storage, one lock for all", highlight=False)
 
@@ -67,8 +79,7 @@ def check_upload(
     directory: Annotated[Path, typer.Argument(help="What --working-dir will be.")] = Path("."),
 ) -> None:
     """Check that `ray job submit --working-dir DIRECTORY` would not be refused as too big."""
-    logging.disable(logging.WARNING)  # Ray's remarks
-    with guarded():
+    with without_remarks(), guarded():
         upload = find_upload(directory)
         upload.check()
         size, cap = mebibytes(upload.size_bytes), mebibytes(upload.cap_bytes)

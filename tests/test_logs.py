@@ -43,7 +43,6 @@ def test_a_log_holds_what_is_printed_warned_and_logged(
     stage: StageStore, capsys: pytest.CaptureFixture[str]
 ) -> None:
     library = logging.getLogger("library")
-    logging.disable(logging.NOTSET)  # `kdscale cluster`, tested in this process, has set it
     handler = logging.StreamHandler()  # keeps the stream that it finds, as those of libraries do
     library.addHandler(handler)
     with StageLog(stage, "worker0", title="vit_t16") as log:
@@ -121,10 +120,15 @@ def test_a_long_log_keeps_its_beginning_and_its_end(
     ]
 
 
-def test_a_storage_that_cannot_be_written_does_not_stop_a_stage(tmp_path: Path) -> None:
+def test_a_storage_that_cannot_be_written_does_not_stop_a_stage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "stages").write_text("a file in the way")
     with StageLog(StageStore(Storage(str(tmp_path)), "distill", "k"), "worker0"):
         print("goes on")
+    print("and ends")
+    assert capsys.readouterr().out == "goes on\nand ends\n"
+    assert (tmp_path / "stages").read_text() == "a file in the way"
 
 
 def test_who_has_nothing_to_tell_writes_nothing(stage: StageStore) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
@@ -23,6 +24,9 @@ from kdscale.sweep.report_files import write_files
 from kdscale.sweep.tracked_facts import trial_scores
 from kdscale.sweep.tracking import Tracker, address, default_tracking_uri, viewing
 from kdscale.sweep.tree import rounded
+
+if TYPE_CHECKING:
+    from kdscale.sweep.schedule import TrialFailure
 
 
 def execute(
@@ -54,7 +58,7 @@ def execute(
         Interrupted: Likewise, where a signal has come; without a report, for there is little time.
     """
     from kdscale.sweep.prepare import prepare
-    from kdscale.sweep.schedule import raise_failures, run_plan
+    from kdscale.sweep.schedule import raise_failures
 
     check_inputs(plan)
     uri = tracking_uri or default_tracking_uri(plan.storage)
@@ -62,7 +66,7 @@ def execute(
     print_plan(plan, console)
     budget = Budget(plan, limits, progress.say)
     budget.check()
-    alone, steered = split(plan, sweeps, resume_stopped)
+    parts = split(plan, sweeps, resume_stopped)
     if not is_left(plan, sweeps, resume_stopped):
         ended = "finished" if not plan.remaining() else "finished or stopped early"
         progress.say(f"[green]every stage is {ended} already: nothing to run[/]")
@@ -72,16 +76,8 @@ def execute(
         return [Tracker(uri, s.name, plan, command, s.question) for s in sweeps]
 
     interrupt = Interrupt(plan, progress.say)
-
-    def is_over() -> bool:
-        return bool(budget.reason) or interrupt.has_come
-
     with Follower(plan, progress), Mirror(connect) as mirror, budget, interrupt:
-        failures = run_plan(alone, interrupt.run)
-        for sweep in steered:
-            from kdscale.sweep.steer import run_search
-
-            failures += run_search(plan, sweep, progress.say, is_over, interrupt.run)
+        failures = _run_parts(plan, *parts, budget, interrupt, progress.say)
     interrupt.raise_if_stopped(command)
     if limits:
         progress.say(f"used about {rounded(budget.hours)} {budget.unit}")
@@ -91,6 +87,28 @@ def execute(
         _print_place(console, "table", address(uri, page))
     raise_failures(failures, plan.storage)
     budget.raise_if_stopped()
+
+
+def _run_parts(
+    plan: Plan,
+    alone: Plan,
+    steered: Sequence[Sweep],
+    budget: Budget,
+    interrupt: Interrupt,
+    say: Callable[[str], None],
+) -> list[TrialFailure]:
+    """Runs what no scheduler steers, then the searches one after the other."""
+    from kdscale.sweep.schedule import run_plan
+
+    def is_over() -> bool:
+        return bool(budget.reason) or interrupt.has_come
+
+    failures = run_plan(alone, interrupt.run)
+    for sweep in steered:
+        from kdscale.sweep.steer import run_search
+
+        failures += run_search(plan, sweep, say, is_over, interrupt.run)
+    return failures
 
 
 def check_inputs(plan: Plan) -> None:
