@@ -81,7 +81,7 @@ OTHERS = {
     "ray": "starts and ends clusters",
     "mlflow": "shows runs; tests/test_tracking_runs.py reads them",
 }
-THEIR_OPTIONS = {"--force-quick-gelu", "--signal", "--tmux"}
+THEIR_OPTIONS = {"--force-quick-gelu", "--node-ip-address", "--signal", "--tmux"}
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def test_differences_are_judged_and_what_was_not_run_stays_out(findings):
     cka = findings["cka:imagenet"].difference("clip_b16", "mse")
     assert (cka.outcome, cka.found.value) == ("holds", pytest.approx(0.1))
     assert "of 4 differences to clip_kd 0 are clear and positive, 1 clear and negative" in tally(
-        [top1]
+        top1
     )
 
 
@@ -93,6 +93,12 @@ def test_a_page_keeps_what_people_wrote(findings, tmp_path):
     assert "It is mse's fault." in text
     assert "Which loss?" not in text
     assert text.count("<!-- findings of losses -->") == text.count("## others") == 1
+
+
+def test_what_no_teacher_can_have_is_not_compared(study):
+    sweep = make_sweep("losses", table=Pivot(rows="loss", columns="teacher"))
+    found = find(study.report(), study.plan, sweep)
+    assert [one.metric for one in found] == ["imagenet"]
 
 
 def test_a_sweep_without_a_reference_column_is_refused(study):

@@ -6,7 +6,7 @@ paired by seed and by question, p-values are Holm's over the differences of one 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,7 +93,12 @@ def find(report: Report, plan: Plan, sweep: Sweep) -> list[Finding]:
         own = found.setdefault(one.metric, {}).setdefault(cell, [])
         if one.seed not in {other.seed for other in own}:
             own.append(one)
-    return [_finding(metric, runs, sweep, reference) for metric, runs in found.items()]
+    alone = sweep.baseline.get("teacher", "") is None  # such a student is compared with no teacher
+    return [
+        _finding(metric, runs, sweep, reference)
+        for metric, runs in found.items()
+        if not (alone and metric.startswith(CKA))
+    ]
 
 
 def _cells(report: Report, plan: Plan, sweep: Sweep) -> Iterator[tuple[tuple[str, str], Measured]]:
@@ -171,25 +176,20 @@ def _numbers(metric: str, runs: dict[tuple[str, str], list[Measured]]) -> Number
     }
 
 
-def tally(findings: Sequence[Finding]) -> str:
-    """Says in a sentence what the differences of one metric show, for every metric."""
-    return " ".join(_tally(one) for one in findings)
-
-
-def _tally(finding: Finding) -> str:
-    """Counts the differences of one metric."""
+def tally(finding: Finding) -> str:
+    """Says in two sentences what the differences of a metric show, and what they could show."""
     judged = finding.verdict.judged
     up, down = finding.verdict.count("holds"), finding.verdict.count("contradicted")
-    detectable = finding.verdict.detectable
     words = f"{title_of(finding.metric)}: of {len(judged)} differences to {finding.reference} "
     words += f"{up} are clear and positive, {down} clear and negative"
     open_ = len(judged) - up - down
     words += f", {open_} undecided" if open_ else ""
-    if detectable is None:
+    found = sorted(one.detectable for one in judged if one.detectable)
+    if not found:
         return f"{words}."
-    digits = 1 if finding.unit else 3
-    points = " points" if finding.unit else ""
-    return f"{words}; each of them would show a difference of {detectable:.{digits}f}{points}."
+    digits, points = (1, " points") if finding.unit else (3, "")
+    ends = " to ".join(dict.fromkeys(f"{one:.{digits}f}" for one in (found[0], found[-1])))
+    return f"{words}. At a power of 0.8 a cell shows a true difference of {ends}{points}."
 
 
 def title_of(metric: str) -> str:

@@ -45,7 +45,7 @@ def finding_grid(finding: Finding) -> Grid:
         title=f"{title_of(finding.metric)}{unit}",
         columns=(finding.rows, *(head for _, head in means), *minus),
         rows=lines,
-        notes=[tally([finding])],
+        notes=[tally(finding)],
     )
 
 

@@ -59,6 +59,15 @@ class Mirror:
             logger.warning("MLflow is not reachable, the report stays in storage: %s", reason)
         return page
 
+    def end(self) -> None:
+        """Ends the runs of stages that were stopped; a lost server is only a warning."""
+        try:
+            for tracker in self._connected():
+                tracker.close()
+        except Exception as error:
+            reason = redacted(str(error))
+            logger.warning("MLflow is not reachable, runs there seem to go on: %s", reason)
+
     def _connected(self) -> list[Tracker]:
         """Returns the trackers, connecting if that has not worked yet."""
         if not self._trackers:

@@ -78,7 +78,9 @@ def execute(
     interrupt = Interrupt(plan, progress.say)
     with Follower(plan, progress), Mirror(connect) as mirror, budget, interrupt:
         failures = _run_parts(plan, *parts, budget, interrupt, progress.say)
-    interrupt.raise_if_stopped(command)
+    if interrupt.has_come:
+        mirror.end()
+        interrupt.raise_if_stopped(command)
     if limits:
         progress.say(f"used about {rounded(budget.hours)} {budget.unit}")
     pages = _publish(plan, sweeps, mirror, console, command)

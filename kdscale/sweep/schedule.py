@@ -23,6 +23,7 @@ from typing import Any
 import ray
 import ray.cloudpickle
 import ray.tune
+from ray._private import ray_constants
 
 from kdscale.core.answers_config import Answers
 from kdscale.core.causes import final_cause, named_cause
@@ -92,6 +93,7 @@ def start_ray() -> None:
     address = os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     if address is None:
+        _stay_on_this_machine()
         # Workers inherit the environment; a runtime environment would cost each a second start.
         options |= {"address": "local", "include_dashboard": False, "num_cpus": local_cpus()}
         options["_system_config"] = LOCAL_SYSTEM
@@ -106,6 +108,19 @@ def start_ray() -> None:
             ray.shutdown()
             if attempt == START_ATTEMPTS - 1:
                 raise StageFailed(f"Ray did not start: {last_line(error)}") from error
+
+
+def _stay_on_this_machine() -> None:
+    """Lets Ray's processes, and gloo's and NCCL's in them, listen on the loopback alone.
+
+    Ray has no option for it: it takes 127.0.0.1 for the network's address, but where it allows no
+    cluster, as on a Mac. Its processes read the variable, this one has read it already.
+    """
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(name, loopback)
 
 
 def ship_own_losses(plan: Plan) -> None:
