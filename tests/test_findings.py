@@ -60,21 +60,41 @@ def test_differences_are_judged_and_what_was_not_run_stays_out(findings):
     assert 0 < worse.detectable < 45
     cka = findings["cka:imagenet"].difference("clip_b16", "mse")
     assert (cka.outcome, cka.found.value) == ("holds", pytest.approx(0.1))
-    assert "of 4 differences to clip_kd 0 are clear and positive, 1 clear and negative" in tally(
-        top1
-    )
 
 
 def test_tables_say_n_seeds_interval_and_outcome(findings):
     grid = finding_grid(findings["imagenet"])
-    assert grid.columns[1] == f"clip_kd (n={NUM_IMAGES}, 3 seeds)"
-    assert grid.columns[-1] == "kl − clip_kd"
-    row = [words.text for words in grid.rows[0]]
-    assert row[1].startswith("75.0 ± ")
-    assert row[4].startswith("-45.0 ± ")
-    assert row[4].endswith(": lower")
-    assert [words.text for words in grid.rows[1]][1] == "–"
+    assert grid.title == f"Zero-shot top-1, % (n={NUM_IMAGES} a run, 1 or 3 seeds)"
+    texts = [[words.text for words in row] for row in grid.rows]
+    rows = [dict(zip(grid.columns, row, strict=True)) for row in texts]
+    worse = rows[0]
+    assert (worse["teacher"], worse["loss"]) == ("clip_b16", "mse")
+    assert worse["clip_kd"].startswith("75.0 ± ")
+    assert worse["change"].startswith("-45.0 ± ")
+    assert (worse["p"], worse["result"]) == ("<0.001", "lower")
+    assert 0 < float(worse["detects"]) < 45
+    absent = rows[2]
+    assert (absent["teacher"], absent["mean"] != "–") == ("siglip_so400m", True)
+    assert (absent["clip_kd"], absent["result"]) == ("–", "not run")
     assert "nan" not in str(grid)
+
+
+def test_what_was_not_run_is_not_undecided(findings):
+    words = tally(findings["imagenet"])
+    assert "of 4 differences to clip_kd 1 clear and negative, 1 undecided, 2 not run." in words
+    assert "power of 0.8" in words
+    assert "one seed" not in words
+
+
+def test_one_seed_is_said_to_be_one(tmp_path):
+    taught, alone = recipe(teacher="clip_b16", loss="clip_kd"), recipe(loss="clip")
+    table = Pivot(rows="student", columns="teacher")
+    sweep = make_sweep("one", stages=[taught, alone], table=table)
+    study = Study(tmp_path, [sweep])
+    for trial in study.plan.trials:
+        finish(study.plan.stages[trial.key], study.storage, answers(20))
+    (top1,) = find(study.report(), study.plan, sweep)
+    assert "With one seed" in tally(top1)
 
 
 def test_a_page_keeps_what_people_wrote(findings, tmp_path):
@@ -84,7 +104,7 @@ def test_a_page_keeps_what_people_wrote(findings, tmp_path):
     assert [path.exists() for path in paths] == [True, True]
     first = page.read_text()
     assert "> Which loss?" in first
-    assert "| teacher | clip_kd" in first
+    assert "| teacher | loss | mean | clip_kd |" in first
     page.write_text(first.replace("# Findings", "# What we found") + "\nIt is mse's fault.\n")
     write_findings(page, "losses", "Another question", found, "kdscale findings x.py")
     write_findings(page, "others", "A third", found, "kdscale findings x.py")

@@ -21,6 +21,14 @@ from kdscale.sweep.plan import Plan
 from kdscale.sweep.report import Report
 from kdscale.sweep.verdicts import Claim, Comparison, Contrast, Judged, Verdict, contrast, judge
 
+SAID = {
+    "holds": "clear and positive",
+    "contradicted": "clear and negative",
+    "undecided": "undecided",
+    "no interval": "without an interval",
+    "not run": "not run",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
@@ -48,6 +56,11 @@ class Finding:
     def unit(self) -> str:
         """What the numbers are in: `%`, or nothing."""
         return "" if self.metric.startswith(CKA) else "%"
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many questions or images a run was measured on, where that is one number."""
+        return tuple(sorted({one.n for own in self.runs.values() for one in own if one.n}))
 
     @property
     def compared(self) -> tuple[str, ...]:
@@ -177,19 +190,23 @@ def _numbers(metric: str, runs: dict[tuple[str, str], list[Measured]]) -> Number
 
 
 def tally(finding: Finding) -> str:
-    """Says in two sentences what the differences of a metric show, and what they could show."""
+    """Says what the differences of a metric show, how large they had to be, and on how much."""
     judged = finding.verdict.judged
-    up, down = finding.verdict.count("holds"), finding.verdict.count("contradicted")
-    words = f"{title_of(finding.metric)}: of {len(judged)} differences to {finding.reference} "
-    words += f"{up} are clear and positive, {down} clear and negative"
-    open_ = len(judged) - up - down
-    words += f", {open_} undecided" if open_ else ""
+    if not judged:
+        return f"{title_of(finding.metric)}: nothing beside {finding.reference} is finished."
+    counts = [(finding.verdict.count(outcome), words) for outcome, words in SAID.items()]
+    said = ", ".join(f"{count} {words}" for count, words in counts if count)
+    words = (
+        f"{title_of(finding.metric)}: of {len(judged)} differences to {finding.reference} {said}."
+    )
     found = sorted(one.detectable for one in judged if one.detectable)
-    if not found:
-        return f"{words}."
-    digits, points = (1, " points") if finding.unit else (3, "")
-    ends = " to ".join(dict.fromkeys(f"{one:.{digits}f}" for one in (found[0], found[-1])))
-    return f"{words}. At a power of 0.8 a cell shows a true difference of {ends}{points}."
+    if found:
+        digits, points = (1, " points") if finding.unit else (3, "")
+        ends = " to ".join(dict.fromkeys(f"{one:.{digits}f}" for one in (found[0], found[-1])))
+        words += f" Each shows a true difference of {ends}{points} with a power of 0.8."
+    if finding.verdict.seeds == 1:
+        words += " With one seed the intervals do not know what another seed would change."
+    return words
 
 
 def title_of(metric: str) -> str:

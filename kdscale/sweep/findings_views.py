@@ -17,10 +17,10 @@ from matplotlib.figure import Figure
 from kdscale.sweep.figures import COLOURS, INK, legend_entry, new_figure, put_legend, quiet, to_png
 from kdscale.sweep.findings import Finding, tally, title_of
 from kdscale.sweep.grids import NONE, Grid, Words
-from kdscale.sweep.verdicts import Judged
+from kdscale.sweep.verdicts import Contrast
 
 TONES = {"holds": "better", "contradicted": "worse"}
-SAID = {"holds": "higher", "contradicted": "lower"}
+RESULTS = {"holds": "higher", "contradicted": "lower"}
 IMAGES = "images"
 LINE_IN = 0.24
 
@@ -31,55 +31,52 @@ def digits_of(finding: Finding) -> int:
 
 
 def finding_grid(finding: Finding) -> Grid:
-    """Returns one metric's table: means, then each difference to the reference."""
-    digits = digits_of(finding)
-    means = [_columns(finding, name) for name in (finding.reference, *finding.compared)]
-    lines: list[list[Words]] = []
-    for row in finding.names[0]:
-        cells = [Words(_mean(finding, row, name, digits)) for name, _ in means]
-        judged = [finding.difference(row, column) for column in finding.compared]
-        lines.append([Words(row), *cells, *(_words(one, digits) for one in judged)])
-    minus = [f"{column} − {finding.reference}" for column in finding.compared]
+    """Returns one metric's table: a row for each difference to the reference."""
     unit = f", {finding.unit}" if finding.unit else ""
+    columns = (finding.rows, finding.columns, "mean", finding.reference, "change", "p")
     return Grid(
-        title=f"{title_of(finding.metric)}{unit}",
-        columns=(finding.rows, *(head for _, head in means), *minus),
-        rows=lines,
+        title=f"{title_of(finding.metric)}{unit} ({_behind(finding)})",
+        columns=(*columns, "result", "detects"),
+        rows=[
+            _row_of(finding, row, column) for row in finding.names[0] for column in finding.compared
+        ],
         notes=[tally(finding)],
     )
 
 
-def _columns(finding: Finding, name: str) -> tuple[str, str]:
-    """Returns a column and its heading, which says how many runs are behind it."""
-    runs = [own for (_, column), own in finding.runs.items() if column == name]
-    seeds = sorted({len(own) for own in runs})
-    sizes = sorted({one.n for own in runs for one in own if one.n})
-    n = f"n={' or '.join(f'{size:,}' for size in sizes)}, " if sizes else ""
-    plural = "" if seeds == [1] else "s"
-    return name, f"{name} ({n}{' or '.join(map(str, seeds))} seed{plural})"
+def _behind(finding: Finding) -> str:
+    """Says how many runs and questions are behind a cell."""
+    sizes = " or ".join(f"{size:,}" for size in finding.sizes)
+    seeds = sorted({len(own) for own in finding.runs.values()})
+    words = f"{' or '.join(map(str, seeds))} seed{'' if seeds == [1] else 's'}"
+    return f"n={sizes} a run, {words}" if sizes else words
 
 
-def _mean(finding: Finding, row: str, column: str, digits: int) -> str:
-    """Writes a cell's mean and its interval."""
-    found = finding.mean(row, column)
-    if found is None:
-        return NONE
+def _row_of(finding: Finding, row: str, column: str) -> list[Words]:
+    """Writes a cell, its row's reference, and the difference with what it shows."""
+    digits = digits_of(finding)
+    judged = finding.difference(row, column)
+    means = [finding.mean(row, name) for name in (column, finding.reference)]
+    own, reference = (Words(NONE if mean is None else _measured(mean, digits)) for mean in means)
+    words = [Words(row), Words(column), own, reference]
+    if judged.found is None:
+        return [*words, *map(Words, (NONE, NONE, "not run", NONE))]
+    p, detects = judged.p, judged.detectable
+    outcome = RESULTS.get(judged.outcome, judged.outcome)
+    return [
+        *words,
+        Words(_measured(judged.found, digits, "+")),
+        Words(NONE if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"),
+        Words(outcome, TONES.get(judged.outcome, "")),
+        Words(NONE if detects is None else f"{detects:.{digits}f}"),
+    ]
+
+
+def _measured(found: Contrast, digits: int, sign: str = "") -> str:
+    """Writes a value with half of its 95 % interval, where it has one."""
     half = found.half_width()
-    return f"{found.value:.{digits}f}" + (f" ± {half:.{digits}f}" if math.isfinite(half) else "")
-
-
-def _words(judged: Judged, digits: int) -> Words:
-    """Writes a difference with its interval, p and what it shows."""
-    found = judged.found
-    if found is None:
-        return Words("not run", "muted")
-    half = found.half_width()
-    if judged.p is None:
-        return Words(f"{found.value:+.{digits}f}, no interval", "muted")
-    p = "p<0.001" if judged.p < 0.001 else f"p={judged.p:.3f}"
-    said = SAID.get(judged.outcome, judged.outcome)
-    text = f"{found.value:+.{digits}f} ± {half:.{digits}f}, {p}: {said}"
-    return Words(text, TONES.get(judged.outcome, ""))
+    more = f" ± {half:.{digits}f}" if math.isfinite(half) else ""
+    return f"{found.value:{sign}.{digits}f}{more}"
 
 
 def findings_figure(findings: Sequence[Finding]) -> Figure:
