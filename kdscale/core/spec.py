@@ -7,7 +7,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.config import JsonDict
 
-from kdscale.core.types import ConfigError, UnknownField, refuse_secret
+from kdscale.core.types import ConfigError, UnknownField, refuse_secret, unknown_field
 
 NOT_IN_KEY: JsonDict = {"in_key": False}
 IN_KEY_UNLESS_DEFAULT: JsonDict = {"in_key": "unless default"}  # for fields that came later
@@ -66,7 +66,7 @@ def _named(owner: str, known: set[str], error: ValidationError) -> ConfigError:
         if item["type"] == "extra_forbidden":
             unknown = True
             name = where.removeprefix(f"{owner}.")
-            lines.append(f"{owner} has no field {name!r}; it has {', '.join(sorted(known))}")
+            lines.append(str(unknown_field(owner, name, known)))
         elif item["type"] == "value_error":  # our own, which says what was found
             cause = item.get("ctx", {}).get("error", item["msg"])
             unknown = unknown or isinstance(cause, UnknownField)

@@ -17,9 +17,10 @@ from kdscale.core.types import StorageError
 from kdscale.sweep.kept import is_finished
 from kdscale.sweep.naming import label
 from kdscale.sweep.plan import Plan, Stage
-from kdscale.sweep.tree import rounded, stage_tree
+from kdscale.sweep.tree import prefixed, rounded, stage_tree
 
 PRINT_EVERY_S = 5.0
+WORTH_IT = 1.05  # times the work of caching that training online has to take
 
 
 class Progress:
@@ -171,7 +172,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(_cost_line(plan.document()["cost"]))
     _print_savings(plan, console)
     for text in sorted(set(plan.missing)):
-        console.print(f"[yellow]missing:[/] {text}")
+        console.print(f"[yellow]missing:[/] {escape(text)}")
     for text in dict.fromkeys(plan.notes):
         console.print(f"[yellow]note:[/] {escape(text)}")
 
@@ -180,10 +181,10 @@ def _cost_line(cost: dict[str, Any]) -> str:
     """Says what is left to run costs, as far as that is known."""
     work, size = "work unknown", "size of the output unknown"
     if cost["flops"] is not None:
-        work = f"{cost['flops'] / 1e15:,.3g} PFLOP, {rounded(cost['gpu_hours'])} GPU-hours"
+        work = f"{prefixed(cost['flops'], 'FLOP')}, {rounded(cost['gpu_hours'])} GPU-hours"
         work += f"{priced(cost['money'], cost['currency'])}"
     if cost["bytes_out"] is not None:
-        size = f"{cost['bytes_out'] / 1e6:,.3g} MB of output"
+        size = f"{prefixed(cost['bytes_out'], 'B')} of output"
     done = cost["stages_total"] - cost["stages_to_run"]
     reused = f" ({done} reused)" if done else ""
     return (
@@ -208,32 +209,34 @@ def _estimated(document: dict[str, Any]) -> str:
 
 def _print_savings(plan: Plan, console: Console) -> None:
     """Prints what training costs with the frozen towers online and from caches."""
-    document = plan.document()
+    document, currency = plan.document(), plan.rates.currency
     found = document["teacher_cache"]
     if found is not None:
         views = " or ".join(map(str, found["views"]))
-        console.print(
-            f"teachers {_compared(found)} with {views} views in "
-            f"{found['bytes_stored'] / 1e9:,.3g} GB{_instead(found, plan.rates.currency)} "
-            f"[dim](teacher_outputs=cached)[/]{_estimated(found)}"
-        )
+        more = f" with {views} views in {prefixed(found['bytes_stored'], 'B')}"
+        more += f"{_instead(found, currency)} [dim](teacher_outputs=cached)[/]"
+        console.print(f"teachers {_compared(found, more)}")
     found = document["feature_cache"]
     if found is not None:
         shares = ", ".join(f"{kind} {share:.0%}" for kind, share in found["share_saved"].items())
-        console.print(
-            f"VLM towers {_compared(found)} in at most {found['bytes_stored'] / 1e9:,.3g} GB; "
-            f"less work in {shares}{_instead(found, plan.rates.currency)} "
-            f"[dim](feature_cache=True)[/]{_estimated(found)}"
-        )
+        more = f" in at most {prefixed(found['bytes_stored'], 'B')}; less work in {shares}"
+        more += f"{_instead(found, currency)} [dim](feature_cache=True)[/]"
+        console.print(f"VLM towers {_compared(found, more)}")
 
 
-def _compared(found: dict[str, Any]) -> str:
-    """Compares the cost of training with towers online and cached, filling the cache included."""
+def _compared(found: dict[str, Any], more: str) -> str:
+    """Compares the cost of training with towers online and cached, filling the cache included.
+
+    Args:
+        found: The two costs.
+        more: What else is said of a cache that is worth it.
+    """
     online, cached = found["online_gpu_hours"], found["cached_gpu_hours"]
+    if online <= WORTH_IT * cached:
+        return f"not worth a cache: {rounded(cached)} instead of {rounded(online)} GPU-hours"
     change = f"{online / cached:.1f} times less"
-    if cached > online:
-        change = f"{cached / online:.1f} times more"
-    return f"online {rounded(online)} GPU-hours, cached {rounded(cached)} ({change})"
+    costs = f"online {rounded(online)} GPU-hours, cached {rounded(cached)} ({change})"
+    return f"{costs}{more}{_estimated(found)}"
 
 
 def _instead(found: dict[str, Any], currency: str) -> str:

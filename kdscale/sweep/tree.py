@@ -13,6 +13,7 @@ from kdscale.sweep.naming import label
 from kdscale.sweep.plan import Plan
 from kdscale.sweep.stage import Stage
 
+PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z")
 LEAST_HOURS = 0.001  # of a stage, to be shown
 FOLD_ABOVE = 8  # like stages below one parent, in a line of their own each
 
@@ -35,6 +36,16 @@ def stage_tree(plan: Plan) -> Tree:
 def rounded(value: float) -> str:
     """Writes a number of hours or money with two or three digits that mean something."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 1 else f"{value:.2g}"
+
+
+def prefixed(value: float, unit: str) -> str:
+    """Writes an amount with three digits and an SI prefix: 82.7 GB, 1.78 ZFLOP."""
+    shown = float(f"{value:.3g}")
+    prefixes = iter(PREFIXES)
+    prefix = next(prefixes)
+    while shown >= 1000 and (larger := next(prefixes, None)) is not None:
+        shown, prefix = shown / 1000, larger
+    return f"{shown:,.0f} {prefix}{unit}" if shown >= 1000 else f"{shown:.3g} {prefix}{unit}"
 
 
 def _grow(
