@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any, cast
 
 from rich.markup import escape
@@ -30,7 +32,8 @@ class Difference:
         field: Its name, with dots.
         here: Value of the stage that would run.
         there: Value of the finished one.
-        cause: What distinguishes the two inputs that the values name, None where they name none.
+        cause: Why the input that the value names would run, or, where that is finished, what
+            distinguishes the two inputs; None where the values name none.
     """
 
     field: str
@@ -45,7 +48,8 @@ class Why:
 
     Attributes:
         stage: The stage of the plan.
-        nearest: {key, name} of the finished stage with the fewest differences, None without any.
+        nearest: {key, name} of the finished stage with the fewest differences, None without any;
+            of an input that is finished itself, the one that the compared stage has in its place.
         differences: What they differ by.
         note: What has to be known beside that, empty for nothing.
     """
@@ -75,24 +79,37 @@ class Why:
             "note": self.note,
         }
 
-    def tree(self) -> Tree:
-        """Returns the answer for people."""
+    def tree(self, shown: set[tuple[str, str]] | None = None) -> Tree:
+        """Returns the answer for people.
+
+        Args:
+            shown: Keys of stages, and of those that they are compared with, that are answered
+                further above; this answer's are added.
+        """
+        shown = set() if shown is None else shown
+        pair = self.stage.key, self.nearest["key"] if self.nearest else ""
+        if pair in shown:
+            return Tree(f"{self._who()}: see above")
+        shown.add(pair)
         tree = Tree(self._head())
         for found in self.differences[:MAX_SHOWN]:
             values = escape(f"{_short(found.there)} -> {_short(found.here)}")
             branch = tree.add(f"[bold]{_name(found.field)}[/]  {values}")
             if found.cause is not None:
-                branch.add(found.cause.tree())
+                branch.add(found.cause.tree(shown))
         if len(self.differences) > MAX_SHOWN:
             tree.add(f"and {len(self.differences) - MAX_SHOWN} more (--json)")
         if self.note:
             tree.add(f"[yellow]{escape(self.note)}[/]")
         return tree
 
+    def _who(self) -> str:
+        """Names the stage."""
+        return f"[cyan]{self.stage.kind}[/] {escape(self.stage.name)} [dim]{self.stage.key}[/]"
+
     def _head(self) -> str:
         """Says how it is in a line."""
-        stage = self.stage
-        who = f"[cyan]{stage.kind}[/] {escape(stage.name)} [dim]{stage.key}[/]"
+        stage, who = self.stage, self._who()
         if self.nearest is None and stage.reused:
             return f"{who} is finished and would not run"
         state = "is finished" if stage.reused else "would run"
@@ -128,6 +145,8 @@ def planned_stage(plan: Plan, key: str) -> Stage:
 def explain(plan: Plan, key: str) -> Why:
     """Returns what distinguishes a stage of a plan from the nearest finished one of its kind.
 
+    The nearest differs in the fewest fields and, among several, in the fewest of its inputs'.
+
     Args:
         plan: The plan.
         key: Of the stage, or its first digits.
@@ -135,15 +154,80 @@ def explain(plan: Plan, key: str) -> Why:
     Raises:
         UnknownStage, AmbiguousStage: As `planned_stage`.
     """
-    stage = planned_stage(plan, key)
-    if stage.reused or stage.note:
-        return Why(stage=stage, note=stage.note)
-    candidates = [
-        _compared(plan, stage, record)
-        for name in plan.storage.names("stages", stage.kind)
-        if name != stage.key and (record := _record(plan.storage, stage.kind, name)) is not None
-    ]
-    return min(candidates, key=lambda why: len(why.differences), default=Why(stage=stage))
+    return _Finished(plan).why(planned_stage(plan, key))
+
+
+class _Finished:
+    """The finished stages of a storage, beside those of a plan; each record is read once.
+
+    Args:
+        plan: The plan.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._record = cache(partial(_record, plan.storage))
+        self._answers: dict[str, Why] = {}
+
+    def why(self, stage: Stage) -> Why:
+        """Returns what distinguishes a stage from the nearest finished one, inputs followed."""
+        if stage.key not in self._answers:
+            self._answers[stage.key] = self._followed(self._nearest(stage))
+        return self._answers[stage.key]
+
+    def _nearest(self, stage: Stage) -> Why:
+        """Compares a stage with the nearest finished one of its kind."""
+        if stage.reused or stage.note:
+            return Why(stage=stage, note=stage.note)
+        candidates = [
+            _compared(stage, record)
+            for name in self._plan.storage.names("stages", stage.kind)
+            if name != stage.key and (record := self._record(stage.kind, name)) is not None
+        ]
+        fewest = min((len(why.differences) for why in candidates), default=0)
+        tied = [why for why in candidates if len(why.differences) == fewest]
+        if not tied:
+            return Why(stage=stage)
+        return tied[0] if len(tied) == 1 else min(tied, key=self._total)
+
+    def _total(self, why: Why, counted: set[tuple[str, str]] | None = None) -> float:
+        """Counts the fields in which two stages and their inputs differ, each pair once.
+
+        Inputs that are not known any more count as infinitely many.
+        """
+        counted = set() if counted is None else counted
+        count = float(len(why.differences))
+        for found in why.differences:
+            pair = _inputs(found)
+            if pair is None or (pair[0], pair[2]) in counted:
+                continue
+            counted.add((pair[0], pair[2]))
+            below = self._beside(*pair)
+            count += math.inf if below is None else self._total(below, counted)
+        return count
+
+    def _beside(self, key: str, kind: str, other: str) -> Why | None:
+        """Compares a stage of the plan with a finished one, None where either is not known."""
+        if key not in self._plan.stages:
+            return None
+        record = self._record(kind, other)
+        return None if record is None else _compared(self._plan.stages[key], record)
+
+    def _followed(self, why: Why) -> Why:
+        """Adds the causes of its differences."""
+        found = tuple(replace(each, cause=self._cause(each)) for each in why.differences)
+        return replace(why, differences=found)
+
+    def _cause(self, found: Difference) -> Why | None:
+        """Answers for the input that differs as `why` does, or compares it if it is finished."""
+        pair = _inputs(found)
+        if pair is None or pair[0] not in self._plan.stages:
+            return None
+        stage = self._plan.stages[pair[0]]
+        if not stage.reused:
+            return self.why(stage)
+        below = self._beside(*pair)
+        return None if below is None else self._followed(below)
 
 
 def _record(storage: Storage, kind: str, key: str) -> dict[str, Any] | None:
@@ -159,8 +243,8 @@ def _record(storage: Storage, kind: str, key: str) -> dict[str, Any] | None:
     return record | {"key": key} if "recipe" in record else None
 
 
-def _compared(plan: Plan, stage: Stage, record: Mapping[str, Any]) -> Why:
-    """Compares a planned stage with the record of a finished one."""
+def _compared(stage: Stage, record: Mapping[str, Any]) -> Why:
+    """Compares a planned stage with the record of a finished one, inputs by their names alone."""
     here, there, note = dict(stage.identity), _identity(record), ""
     if "version" not in there:
         here = {"recipe": here.get("recipe")}
@@ -169,8 +253,7 @@ def _compared(plan: Plan, stage: Stage, record: Mapping[str, Any]) -> Why:
             "files beside it, may differ, too"
         )
     differences = tuple(
-        Difference(field=field, here=new, there=old, cause=_cause(plan, new, old))
-        for field, new, old in _different(here, there)
+        Difference(field=field, here=new, there=old) for field, new, old in _different(here, there)
     )
     nearest = {"key": str(record["key"]), "name": str(record.get("name", ""))}
     return Why(stage=stage, nearest=nearest, differences=differences, note=note)
@@ -204,15 +287,13 @@ def _different(here: Any, there: Any, field: str = "") -> Iterator[tuple[str, An
         yield field, here, there
 
 
-def _cause(plan: Plan, here: Any, there: Any) -> Why | None:
-    """Compares the inputs that two values name, where both name one and both are known."""
+def _inputs(found: Difference) -> tuple[str, str, str] | None:
+    """Returns the inputs that two values name: a key, and kind and key of the finished one."""
     new, old = (
-        _INPUT.fullmatch(value) if isinstance(value, str) else None for value in (here, there)
+        _INPUT.fullmatch(value) if isinstance(value, str) else None
+        for value in (found.here, found.there)
     )
-    if new is None or old is None or new[3] not in plan.stages:
-        return None
-    record = _record(plan.storage, old[1] or old[2], old[3])
-    return None if record is None else _compared(plan, plan.stages[new[3]], record)
+    return None if new is None or old is None else (new[3], old[1] or old[2], old[3])
 
 
 def _name(field: str) -> str:
