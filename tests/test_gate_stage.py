@@ -131,11 +131,12 @@ def test_a_key_is_that_of_teacher_and_pictures(
 
 def test_missing_pictures_are_noted(teacher: TowerSpec, storage: Storage, tmp_path: Path) -> None:
     (note,) = plan_of(teacher, storage, scale(None)).missing
-    assert "--data 'imagenet_val=DIR', or --no-gates" in note
+    assert "say --data imagenet_val=DIR; the gates" in note
+    assert "--no-gates" in note
     # One path for all data is that of the training data.
     unnamed = scale(None, data_paths={"": "/nowhere/*.tar"})
     notes = plan_of(teacher, storage, unnamed, data="cc12m").missing
-    assert any("gates of pretrained teachers read imagenet_val" in note for note in notes)
+    assert any("imagenet_val=DIR; the gates of pretrained teachers read it" in n for n in notes)
     (note,) = plan_of(teacher, storage, scale(tmp_path / "nowhere")).missing
     assert "nowhere" in note
     assert "--no-gates" in note

@@ -149,10 +149,7 @@ def verified(
 def _urls(spec: DataSpec) -> str:
     """Returns where a data set is; NoShards if nobody has said."""
     if spec.urls is None:
-        raise NoShards(
-            f"data set {spec.name!r} has no path: pass its shards with "
-            f"--data '{spec.name}=/data/{spec.name}/{{00000..00999}}.tar'"
-        )
+        raise NoShards(f"data set {spec.name!r} has no path: say --data NAME=PATTERN")
     return spec.urls
 
 

@@ -13,10 +13,12 @@ from kdscale.data.labels import Labels
 from kdscale.eval.classes import class_set
 from kdscale.stages.inputs import Source, fingerprint, read_manifest
 from kdscale.stages.labelled import files_of
+from kdscale.sweep.absent import no_path
 
 if TYPE_CHECKING:
     from kdscale.sweep.plan import Planner
 
+FOR_GATES = "; the gates of pretrained teachers read it, --no-gates leaves them out"
 BENCHMARK = "imagenet"  # the scale's zero-shot benchmark that published values are of
 
 
@@ -39,10 +41,7 @@ def add_gate(planner: Planner, recipe: Distill, path: list[str]) -> None:
         return
     finished = planner.is_trained(recipe)
     if gate.data.urls is None:
-        note = (
-            f"the gates of pretrained teachers read {gate.data.name}: say --data "
-            f"'{gate.data.name}=DIR', or --no-gates"
-        )
+        note = no_path(gate.data, scale, "labels") + FOR_GATES
         if not finished and note not in planner.plan.missing:
             planner.plan.missing.append(note)
     source = None if finished else planner.gate_source(gate)

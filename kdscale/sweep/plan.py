@@ -28,12 +28,13 @@ from kdscale.data.shards import Content
 from kdscale.stages.inputs import Source, content_of, find_source
 from kdscale.stages.jobs import embed_recipe, features_recipe
 from kdscale.stages.shares import workers_note
+from kdscale.sweep.absent import each_once, no_path
 from kdscale.sweep.amounts import amount, beside_recipe
 from kdscale.sweep.check import check_cacheable, check_paths, check_recipe
 from kdscale.sweep.chosen import Chosen, check_search, configs_of
 from kdscale.sweep.cka import add_cka
 from kdscale.sweep.cost import bytes_out, feature_saving, flops, saving, total
-from kdscale.sweep.gates import add_gate, gate_source
+from kdscale.sweep.gates import FOR_GATES, add_gate, gate_source
 from kdscale.sweep.grid import Sweep, Trial
 from kdscale.sweep.kept import keeping, looked_up
 from kdscale.sweep.naming import label
@@ -328,7 +329,7 @@ class Planner:
                 self._sources[name] = gate_source(recipe, self.plan.storage)
             except NoShards as error:
                 self._sources[name] = None
-                self.plan.missing.append(f"{error}; the gates of teachers read them (--no-gates)")
+                self.plan.missing.append(f"{error}{FOR_GATES}")
         return self._sources[name]
 
     def _source(self, spec: Any, content: Content = "captions") -> Source | None:
@@ -339,10 +340,13 @@ class Planner:
             self.names.add("")
         name = (spec.model_dump_json(), content)
         if name not in self._sources:
+            self._sources[name] = None
+            if spec.mini is None and spec.urls is None:
+                self.plan.missing.append(no_path(spec, self.plan.scale, content))
+                return None
             try:
                 self._sources[name] = find_source(spec, self.plan.storage, content=content)
             except NoShards as error:
-                self._sources[name] = None
                 self.plan.missing.append(str(error))
         return self._sources[name]
 
@@ -362,4 +366,5 @@ def make_plan(
     for sweep in sweeps:
         planner.add(sweep)
     check_paths(scale.data_paths, planner.names)
+    planner.plan.missing = each_once(planner.plan.missing)
     return planner.plan

@@ -19,6 +19,7 @@ from kdscale.data.image_sets import set_hash
 from kdscale.eval.benchmarks import BENCHMARKS, find_benchmark
 from kdscale.stages.images import NOT_AT_HAND, distinct_images
 from kdscale.stages.inputs import fingerprint, suite_directory
+from kdscale.sweep.absent import data_option
 from kdscale.sweep.cost import answers_flops
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def directory_of(planner: Planner, suite: SuiteSpec) -> str | None:
     """Returns where a suite's files are; a suite without a place is noted as missing."""
     planner.expect_data(*data_names(suite, planner.plan.scale))
     directory = suite_directory(suite, planner.plan.storage)
-    note = f"benchmarks of {suite.name}: say --data {suite.name}=DIR"
+    note = f"benchmarks of {suite.name}: say {data_option(suite, planner.plan.scale)}"
     if directory is None and note not in planner.plan.missing:
         planner.plan.missing.append(note)
     return directory
