@@ -51,9 +51,9 @@ from kdscale.core.redaction import redacted
 from kdscale.core.scale import Scale, scale_named
 from kdscale.core.storage import Storage
 from kdscale.core.types import ConfigError
-from kdscale.sweep.budget import Limits
+from kdscale.sweep.budget import Budget, Limits
 from kdscale.sweep.grid import Sweep
-from kdscale.sweep.plan import make_plan
+from kdscale.sweep.plan import Plan, make_plan
 from kdscale.sweep.prices import DEFAULT_ACCELERATOR, DEFAULT_EFFICIENCY, find_rates
 from kdscale.sweep.walk import WALK, walk_of
 from kdscale.terminal import AsJson, StorageRoot, console, guarded
@@ -145,12 +145,15 @@ def _sweeps(files: Sequence[Path], seeds: str | None, only: str | None) -> list[
     return sweeps if only is None else [narrowed(sweep, only) for sweep in sweeps]
 
 
-def sweep_command(action: Callable[..., None], usual: Scale | None = None) -> Callable[..., None]:
+def sweep_command(
+    action: Callable[..., None], usual: Scale | None = None, *, reads: bool = False
+) -> Callable[..., None]:
     """Makes a command of an action: all of them take the same options, and each its own.
 
     Args:
         action: What to do.
         usual: The scale without `--scale`; None takes that of the sweeps.
+        reads: It reads what a run has left, so that a storage has to be there.
     """
     *shared, _ = inspect.signature(_request, eval_str=True).parameters.values()
     _, *more = inspect.signature(action, eval_str=True).parameters.values()
@@ -159,7 +162,10 @@ def sweep_command(action: Callable[..., None], usual: Scale | None = None) -> Ca
         """Takes the shared options out and leaves the action its own."""
         common = {option.name: options.pop(option.name) for option in shared}
         with guarded():
-            action(_request(**common, usual=usual), **options)
+            request = _request(**common, usual=usual)
+            if reads:
+                request.storage.check_made(f"`{request.command}`")
+            action(request, **options)
 
     command.__doc__ = action.__doc__
     signature = inspect.Signature([*shared, *more])
@@ -218,14 +224,29 @@ def show_plan(
     request: Request,
     *,
     why: WhyKey = None,
+    max_gpu_hours: MaxGpuHours = None,
+    max_cost: MaxCost = None,
+    spot: Spot = False,
     accelerator: AcceleratorName = DEFAULT_ACCELERATOR,
     efficiency: Efficiency = DEFAULT_EFFICIENCY,
     prices: Prices = None,
 ) -> None:
-    """Show what a run would do: trials, distinct stages, reuse, cost. Runs nothing."""
+    """Show what a run would do: trials, distinct stages, reuse, cost. Runs nothing.
+
+    Above a limit it ends as `run` would, after the plan is shown.
+    """
     plan = request.plan()
     plan.rates = find_rates(accelerator, efficiency, prices)
     show(plan, why, as_json=request.as_json)
+    limits = Limits(gpu_hours=max_gpu_hours, cost=max_cost, spot=spot)
+    Budget(plan, limits, Console(stderr=request.as_json).print).check()
+
+
+def say_if_untouched(plan: Plan, request: Request) -> None:
+    """Says first of all if a storage holds none of a plan's stages: it may be another's."""
+    if not plan.begun():
+        told = Console(stderr=request.as_json, soft_wrap=True, markup=False)
+        told.print(f"{request.storage.root} holds nothing of these sweeps. Run: {request.command}")
 
 
 def show_report(request: Request, *, paper: Paper = False, out: Out = None) -> None:
@@ -238,7 +259,9 @@ def show_report(request: Request, *, paper: Paper = False, out: Out = None) -> N
     if paper:
         show_paper(request, out)
         return
-    report = build_report(request.plan(), request.sweeps, command=request.command)
+    plan = request.plan()
+    say_if_untouched(plan, request)
+    report = build_report(plan, request.sweeps, command=request.command)
     if request.as_json:
         print(json.dumps(report.document(), indent=2))
     else:
@@ -252,6 +275,7 @@ def show_paper(request: Request, out: Path | None) -> None:
     from kdscale.sweep.report import build_report
 
     plan, target = request.plan(), Console(stderr=request.as_json)
+    say_if_untouched(plan, request)
     found = build_report(plan, request.sweeps, command=request.command)
     print_report(found, target)
     every = print_beside(found, plan, target)
@@ -299,6 +323,7 @@ def show_status(
 
     plan = request.plan()
     plan.rates = find_rates(accelerator, DEFAULT_EFFICIENCY, prices)
+    say_if_untouched(plan, request)
     status = look(plan)
     if request.as_json:
         print(json.dumps(status.document(), indent=2))
@@ -317,10 +342,12 @@ def collect_garbage(
 
     Give every sweep that still matters: what their plans reach is kept.
     """
-    from kdscale.sweep.gc import DAY_S, find_garbage, print_garbage, remove
+    from kdscale.sweep.gc import DAY_S, find_garbage, print_garbage, print_young, remove
 
-    found = find_garbage(request.plan(), older_than_s=older_than * DAY_S)
+    every, least_s = find_garbage(request.plan(), older_than_s=0.0), older_than * DAY_S
+    found = [one for one in every if one.age_s >= least_s]
     print_garbage(found, request.storage, console)
+    print_young([one for one in every if one.age_s < least_s], older_than, console)
     if not found or dry_run:
         return
     if not yes:
@@ -347,11 +374,11 @@ def walk_sweeps(request: Request) -> None:
 app.command("run")(sweep_command(run_sweep))
 app.command("walk")(sweep_command(walk_sweeps, WALK))
 app.command("plan")(sweep_command(show_plan))
-app.command("report")(sweep_command(show_report))
-app.command("findings")(sweep_command(show_findings))
-app.command("status")(sweep_command(show_status))
+app.command("report")(sweep_command(show_report, reads=True))
+app.command("findings")(sweep_command(show_findings, reads=True))
+app.command("status")(sweep_command(show_status, reads=True))
 app.command("logs")(logs)
-app.command("gc")(sweep_command(collect_garbage))
+app.command("gc")(sweep_command(collect_garbage, reads=True))
 app.command("doctor")(doctor)
 app.command("export")(export)
 app.command("evaluate")(evaluate)

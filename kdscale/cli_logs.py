@@ -23,7 +23,9 @@ def logs(key: Key, storage: StorageRoot = "runs", follow: Follow = False) -> Non
     with guarded():
         from kdscale.sweep.logs import follow_logs, print_logs
 
-        stage = find_any(Storage(storage), key)
+        place = Storage(storage)
+        place.check_made("`kdscale run SWEEP.py`")
+        stage = find_any(place, key)
         if follow:
             with suppress(KeyboardInterrupt):
                 follow_logs(stage, console)

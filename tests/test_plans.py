@@ -14,7 +14,7 @@ from conftest import Part, pair
 from rich.console import Console
 from typer.testing import CliRunner
 
-from kdscale import Distill, Sweep, choose
+from kdscale import Distill, Sweep, Vlm, choose
 from kdscale.cli import app, load_sweep
 from kdscale.cli_plan import to_run_again
 from kdscale.core.checkpoints import Checkpoints
@@ -39,6 +39,7 @@ from kdscale.sweep.plan import Plan, make_plan
 from kdscale.sweep.prices import find_rates
 from kdscale.sweep.progress import print_plan
 from kdscale.sweep.redo import find_redo
+from kdscale.sweep.tree import prefixed
 from kdscale.sweep.why import Why, explain
 from kdscale.terminal import guarded
 
@@ -78,6 +79,22 @@ def test_like_stages_share_a_line_and_so_do_those_that_follow(tmp_path: Path) ->
 
 
 # What it costs.
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0 B"),
+        (999.4, "999 B"),
+        (999.6, "1 kB"),
+        (82_712_345_678, "82.7 GB"),
+        (1.84e12, "1.84 TB"),
+        (1.7789e21, "1.78 ZB"),
+        (1.84e25, "18,400 ZB"),
+    ],
+)
+def test_amounts_have_three_digits_and_a_prefix(value: float, text: str) -> None:
+    assert prefixed(value, "B") == text
 
 
 def test_hours_and_money_follow_from_the_accelerator(tmp_path: Path) -> None:
@@ -178,6 +195,45 @@ def test_a_changed_input_is_followed_to_its_own_change(tmp_path: Path) -> None:
     assert fields_of(found.cause) == ["recipe.lr"]
     document = json.loads(json.dumps(why.document()))
     assert document["differences"][0]["input"]["differences"][0]["here"] == 0.5
+
+
+def test_of_vlms_that_differ_alike_the_one_whose_student_is_nearest_is_shown(
+    tmp_path: Path,
+) -> None:
+    def planned(lr: float, teacher: str = "clip_b16", **fields: Any) -> Plan:
+        student = Distill(student="vit_t16", teacher=teacher, loss="kl", lr=lr)
+        sweep = Sweep(name="x", stages=[Vlm(vision=student, recipe="tinyllava", **fields)])
+        return make_plan([sweep], Storage(str(tmp_path)), MINI, {})
+
+    for teacher in ("clip_l14", "siglip_so400m", "clip_b16", "dfn_b16"):
+        finish(planned(2e-3, teacher))
+    plan, near = planned(1e-3), planned(2e-3)
+    kinds = {stage.kind: stage for stage in plan.stages.values()}
+    why = explain(plan, kinds["finetune"].key)
+    nears = {stage.kind: stage for stage in near.stages.values()}
+    assert (why.nearest or {}).get("key") == nears["finetune"].key
+    causes = {found.cause.stage.kind: found.cause for found in why.differences if found.cause}
+    assert set(causes) == {"distill", "pretrain"}
+    assert fields_of(causes["distill"]) == ["recipe.lr"]
+    for kind, cause in causes.items():  # what is said below is what is said of it alone
+        assert cause.document() == explain(plan, kinds[kind].key).document()
+    console = Console(file=io.StringIO(), width=200)
+    console.print(why.tree())
+    text = console.file.getvalue()  # pyright: ignore
+    assert text.count("lr  0.008 -> 0.004") == 1
+    assert text.count("see above") == 1
+
+
+def test_a_finished_input_is_compared_with_the_one_in_its_place(tmp_path: Path) -> None:
+    finish(plan_of(tmp_path, lr=1e-3))
+    teacher: Any = MINI.teachers["clip_b16"]
+    other = MINI.replace(teachers={**MINI.teachers, "clip_b16": teacher.replace(lr=0.5)})
+    finish(plan_of(tmp_path, other, lr=1e-3), "teacher")
+    plan = plan_of(tmp_path, other, lr=1e-3)
+    (found,) = explain(plan, last(plan)).differences
+    assert found.cause is not None
+    assert found.cause.stage.reused
+    assert fields_of(found.cause) == ["recipe.lr"]
 
 
 def test_other_data_are_a_manifest_that_differs(
@@ -324,6 +380,17 @@ def test_a_plan_above_its_limit_is_refused_with_the_numbers(tmp_path: Path) -> N
     plan.rates = find_rates("mine", prices=own)
     with pytest.raises(OverBudget, match="spot price of an hour of mine is not known"):
         Budget(plan, Limits(cost=1e9, spot=True), print).check()
+
+
+def test_plan_ends_above_a_limit_as_run_would(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    line = ["plan", str(tmp_path / "own.py"), "--storage", str(tmp_path)]
+    fits = CliRunner().invoke(app, [*line, "--max-gpu-hours", "5", "--max-cost", "9", "--spot"])
+    assert (fits.exit_code, "OverBudget" in fits.output) == (0, False)
+    for option in ("--max-gpu-hours", "--max-cost"):
+        above = CliRunner().invoke(app, [*line, option, "0", "--json"])
+        assert (above.exit_code, "OverBudget" in above.stderr) == (2, True)
+        assert json.loads(above.stdout)["cost"]["stages_to_run"] == 2
 
 
 def test_what_is_not_known_cannot_be_limited(tmp_path: Path) -> None:

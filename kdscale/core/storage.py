@@ -74,6 +74,21 @@ class Storage:
         self.fs.invalidate_cache()
         return bool(self.fs.exists(self.path(*parts)))
 
+    def check_made(self, command: str) -> None:
+        """Refuses a storage in which there is nothing to be read.
+
+        Args:
+            command: What would make it, for the error.
+
+        Raises:
+            StorageError: It does not exist, or is empty.
+        """
+        if not self.names():  # an object store's prefix exists when anything lies below it
+            found = "is empty" if self.exists() else "does not exist"
+            raise StorageError(
+                f"storage {self.root} {found}: {command} makes it; or name another by --storage"
+            )
+
     def names(self, *parts: str) -> list[str]:
         """Lists the base names in a directory, sorted; an absent one is empty."""
         self.fs.invalidate_cache()

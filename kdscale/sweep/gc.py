@@ -127,3 +127,14 @@ def print_garbage(garbage: Sequence[Garbage], storage: Storage, console: Console
     console.print(table)
     total = sum(one.size for one in garbage)
     console.print(f"{len(garbage)} to remove, {total / 1e6:,.1f} MB")
+
+
+def print_young(young: Sequence[Garbage], days: float, console: Console) -> None:
+    """Says how much stays since it was written within so many days."""
+    if young:
+        count = f"{len(young)} unneeded {'stage' if len(young) == 1 else 'stages'}"
+        size = sum(one.size for one in young) / 1e6
+        console.print(
+            f"{count} ({size:,.1f} MB) written within {days:g} days stay: --older-than takes them, "
+            "with fewer days"
+        )
