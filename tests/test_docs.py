@@ -57,6 +57,7 @@ done
 # Of kdscale's own commands those that are not executed here: which, why, and what is done instead.
 HEAVY = (
     (("run",), "starts Ray", "planned"),
+    (("plan", "--max-gpu-hours"), "the small world's towers cost nobody knows what", "parsed"),
     (("doctor",), "starts Ray", "parsed"),
     (("walk",), "takes true-size steps", "listed"),
     (("data", "bench"), "streams through Ray", "parsed"),
@@ -66,6 +67,7 @@ HEAVY = (
     (("findings",), "compares trials of several seeds", "parsed"),
     (("cluster",), "starts machines", "parsed"),
 )
+LIMITS = {("--max-gpu-hours", False), ("--max-cost", False), ("--spot", True)}
 # What makes an execution small, where the documentation's own options would not.
 SMALL = {
     "zero-shot": ["--templates", "simple"],
@@ -176,7 +178,7 @@ def run_kdscale(words: list[str], keys: dict[str, str], parse_only: bool) -> str
     if parse_only or how == "parsed":
         return "parsed"
     if how == "planned":
-        invoke(["plan", *without(words[1:], options_of("run") - options_of("plan"))])
+        invoke(["plan", *without(words[1:], (options_of("run") - options_of("plan")) | LIMITS)])
     elif how == "listed":
         invoke([*words, "--json"])
     else:
