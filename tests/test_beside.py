@@ -330,6 +330,7 @@ def test_departures_from_the_defaults_are_named() -> None:
 
 def test_the_command_writes_everything_before_anything_has_run(tmp_path: Path) -> None:
     out, runs = tmp_path / "out", tmp_path / "runs"
+    Storage(str(runs)).write(b"", "stages", "distill", "of_another_sweep", "DONE")
     command = ["report", str(little(tmp_path)), "--storage", str(runs)]
     refused = CliRunner().invoke(app, [*command, "--out", str(out)])
     assert refused.exit_code == 2

@@ -14,6 +14,7 @@ from worlds import PX
 from kdscale.core.config import DataSpec
 from kdscale.core.lease import Lease
 from kdscale.core.storage import StageStore, Storage
+from kdscale.core.types import StorageError
 from kdscale.data.shards import Manifest, build_manifest
 from kdscale.stages.embed import pending
 
@@ -31,12 +32,15 @@ def remote(bucket: Path, write_tar: Any, tmp_path_factory: pytest.TempPathFactor
 
 def test_a_stage_lives_there(bucket: Path) -> None:
     storage = Storage("s3://bucket/runs")
+    with pytest.raises(StorageError, match="does not exist"):
+        storage.check_made("`kdscale run`")
     stage = StageStore(storage, "distill", "k")
     lease = Lease.acquire(stage)
     assert lease is not None
     with lease:
         assert Lease.acquire(stage) is None
         stage.finish({"a": 1})
+    storage.check_made("`kdscale run`")
     assert stage.is_done()
     assert stage.record() == {"a": 1}
     assert not Lease.is_left(stage)
