@@ -303,6 +303,7 @@ class SuiteSpec(Spec):
         limit: Ask the first so many of each; None for all.
         max_new_tokens: Longest answer to any question; None leaves the benchmarks' own.
         batch_size: Questions at once.
+        precision: What the model is loaded and computed in.
     """
 
     name: str
@@ -315,6 +316,7 @@ class SuiteSpec(Spec):
     limit: int | None = Field(default=None, gt=0)
     max_new_tokens: int | None = Field(default=None, gt=0)
     batch_size: int = Field(default=16, gt=0)
+    precision: Precision = "fp32"
 
 
 class Evaluate(Recipe):

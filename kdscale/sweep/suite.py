@@ -101,6 +101,7 @@ def add_suite(
                 limit=suite.limit,
                 max_new_tokens=suite.max_new_tokens,
                 batch_size=suite.batch_size,
+                precision=suite.precision,
                 run=run,
             )
             label = f"{name}, blind" if blind else name

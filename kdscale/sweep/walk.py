@@ -46,6 +46,7 @@ WALK = TRUE_SIZE_CPU.replace(
             limit=1,
             blind=False,
             batch_size=1,
+            precision="bf16",
             max_new_tokens=4,
         )
         for role, suite in MINI.suites.items()
