@@ -49,8 +49,8 @@ def _teachers(metric: str, first: str, *others: str, model: str = "ViT-T") -> li
 
 def _stronger(first: str, second: str) -> Comparison:
     """Says that a teacher is stronger: a VLM on it, as on the students, answers better."""
-    places = (encoder(AVERAGE, *OWN_VLM, teacher) for teacher in (first, second))
-    return _over(f"{first} is stronger than {second}", *places)
+    one, other = (encoder(AVERAGE, *OWN_VLM, teacher) for teacher in (first, second))
+    return _over(f"{first} is stronger than {second}", one, other)
 
 
 def _though_weaker(first: str, *others: str) -> list[Comparison]:
