@@ -12,6 +12,7 @@ and the two readings are two ways to lay one table beside the printed one:
 
 Hypothesis: B minus L has the same sign for all four losses, and that sign decides: above zero, the
 names are a slip of the text; below zero, the "larger teacher" of the CLIP rows was the smaller one.
+`kdscale report --paper` has both readings as its table `clip_labels`, and says which ours fit.
 """
 
 from kdscale import Distill, Pivot, Sweep, Vlm, choose

@@ -21,8 +21,16 @@ from kdscale.core.config import Distill
 from kdscale.core.scale import MINI
 from kdscale.core.storage import Storage
 from kdscale.losses.recipes import RECIPES
-from kdscale.sweep.beside import Beside, Measured, beside, said
-from kdscale.sweep.beside_grids import beside_grid, claims_csv, table_csv, table_tex, tex
+from kdscale.sweep.beside import Beside, beside, said
+from kdscale.sweep.beside_grids import (
+    beside_grid,
+    claim_grid,
+    claims_csv,
+    table_csv,
+    table_tex,
+    tex,
+)
+from kdscale.sweep.beside_runs import Measured
 from kdscale.sweep.claims import CLAIMS
 from kdscale.sweep.measure import departures, measured
 from kdscale.sweep.paper_figures import gap_figure, long_figure, table_named
@@ -37,6 +45,7 @@ from kdscale.sweep.places import (
 )
 from kdscale.sweep.plan import make_plan
 from kdscale.sweep.report import build_report
+from kdscale.sweep.verdicts import Verdict
 
 SWEEP = """
 from kdscale import Distill, Pivot, Sweep
@@ -67,10 +76,8 @@ def all_printed(*seeds: int) -> list[Measured]:
     found: list[Measured] = []
     fields = ("framework", "llm", "student_or_encoder", "teacher", "loss", "data")
     for place, (estimate,) in paper_numbers().items():
-        if place.model not in ROLES:
-            continue
         names = (place.framework, place.llm, place.model, place.teacher, place.loss, place.data)
-        roles = [None if name is None else ROLES[name] for name in names]
+        roles = [None if name is None else ROLES.get(name, "vit_t16 of a.pt") for name in names]
         half = 1.959964 * (estimate.standard_error or math.nan)
         for seed in seeds:
             found.append(
@@ -78,6 +85,7 @@ def all_printed(*seeds: int) -> list[Measured]:
                     **dict(zip(fields, roles, strict=True)),  # type: ignore[arg-type]
                     **{name: getattr(place, name) for name in ("epochs", "metric")},
                     seed=seed,
+                    weights_of=None if place.model in ROLES else "vit_t16",
                     value=estimate.value,
                     n=1000,
                     interval=Interval(estimate.value - half, estimate.value + half),
@@ -115,7 +123,7 @@ def test_tables_have_the_shape_and_the_digits_of_the_paper() -> None:
     shapes = {t.name: (len(t.rows), len(t.columns)) for t in paper_tables()}
     assert shapes == {
         "table1": (24, 17), "table2": (22, 18), "table3": (5, 6), "table4": (20, 2),
-        "table5": (6, 2), "figure2": (5, 3), "figure3": (6, 3),
+        "table5": (6, 2), "figure2": (5, 3), "figure3": (12, 3), "clip_labels": (9, 2),
     }  # fmt: skip
     assert all(len(row.cells) == len(t.columns) for t in paper_tables() for row in t.rows)
     gaps = {row.labels[0]: row.cells[2].printed for row in table("figure2").rows}
@@ -183,7 +191,7 @@ def test_a_number_stands_in_every_table_that_has_its_place() -> None:
     places = {t.paper.name: t.num_run for t in found.tables}
     # Both language models of table 2 print the student's ImageNet.
     assert places == {"table1": 0, "table2": 2, "table3": 1, "table4": 1, "table5": 0,
-                      "figure2": 0, "figure3": 0}  # fmt: skip
+                      "figure2": 0, "figure3": 0, "clip_labels": 0}  # fmt: skip
     cell = table_named(found, "table4").ours[2][1]
     assert cell is not None
     assert (cell.value, cell.n, cell.seeds, cell.flags) == (36.0, 50_000, 1, ())
@@ -252,7 +260,7 @@ def test_verdicts_on_the_printed_numbers() -> None:
     assert said["clip_b_teaches_vlms_best"] == "undecided at this n"  # 0.5 points at 0.4 of error
     assert said["clip_kd_is_best_loss"] == "not supported"  # SigLIP, KL: 30.62 against 25.30
     assert said["more_data_lower_imagenet"] == "supported"
-    assert said["longer_training_imagenet"] == "not run"  # figure 3 prints no table
+    assert said["longer_training_imagenet_run_to_the_end"] == "not run"  # figure 3 prints no table
     assert printed["cka_higher_with_weaker_teacher"].count("no interval") == 5
     assert printed["clip_b_teaches_vlms_best"].detectable == pytest.approx(1.24, abs=0.02)
 
@@ -264,6 +272,119 @@ def test_the_paper_repeated_with_seeds_confirms_itself() -> None:
             if theirs.found is not None and ours.found is not None:
                 assert ours.found.value == pytest.approx(theirs.found.value, abs=1e-9)
     assert sum(own.verdict == "supported" for own in found.ours) >= 5
+
+
+# Two protocols, premises, two readings.
+
+
+def verdict_of(found: Beside, name: str) -> Verdict:
+    """Our verdict on a claim."""
+    return next(own for own in found.ours if own.claim.name == name)
+
+
+def around(value: float, half: float) -> Interval:
+    """An interval about a number."""
+    return Interval(value - half, value + half)
+
+
+def durations() -> list[Measured]:
+    """Students of two teachers after 32, 64 and 96 epochs: of one run, and of a run each."""
+    points = ((32, None, 34.0), (64, None, 35.0), (96, None, 36.0), (32, 96, 28.0), (64, 96, 31.0))
+    return [
+        one(teacher, epochs=epochs, schedule=schedule, value=value, interval=around(value, 0.4))
+        for teacher in ("clip_l14", "dfn_l14")
+        for epochs, schedule, value in points
+    ]
+
+
+def test_figure_3_knows_both_protocols_and_their_common_end() -> None:
+    (found,) = beside(durations())
+    rows = rows_of(table_csv(table_named(found, "figure3")))
+    scores = {
+        (row["protocol"], int(row["epochs"])): float(row["ours"])
+        for row in rows
+        if (row["teacher"], row["column"]) == ("CLIP-ViT-L", "ImageNet")
+    }
+    end, early = "run to the end", "read on the way of 96"
+    assert scores == {
+        (end, 32): 34.0, (end, 64): 35.0, (end, 96): 36.0,
+        (early, 32): 28.0, (early, 64): 31.0, (early, 96): 36.0,
+    }  # fmt: skip
+    printed = {row["protocol"] for row in rows if row["paper"]}
+    assert printed == {end}  # table 2's students have ended
+    gains = {
+        name: [one.found and one.found.value for one in verdict_of(found, name).judged]
+        for name in (
+            "longer_training_imagenet_run_to_the_end",
+            "longer_training_imagenet_read_on_the_way_of_96",
+            "longer_gain_is_the_cosine",
+        )
+    }
+    assert [*gains.values()] == [[2.0] * 2, [8.0] * 2, [6.0] * 2]
+    assert {verdict_of(found, name).verdict for name in gains} == {"supported"}
+    lines = [line for axes in long_figure(found).axes for line in axes.lines]
+    dashes = [line.get_linestyle() for line in lines if len(line.get_xdata()) == 3]
+    assert dashes == ["-", "--"] * 2
+
+
+def own_average(teacher: str, value: float) -> Measured:
+    """The average of the VLM on a teacher itself."""
+    nothing = {"teacher": None, "loss": None, "data": None, "epochs": None}
+    return averaged(student_or_encoder=teacher, value=value, **nothing)
+
+
+def averaged(teacher: str = "clip_b16", value: float = 30.0, **fields: object) -> Measured:
+    """The average of a VLM on a student."""
+    fields = {"framework": "tinyllava", "llm": "qwen2_0_5b", "metric": "average"} | fields
+    fields = {"teacher": teacher, "value": value, "interval": around(value, 0.6)} | fields
+    return one(**fields)  # type: ignore[arg-type]
+
+
+def test_teachers_are_stronger_only_where_their_own_score_says_so() -> None:
+    students = [averaged("clip_b16", 32.0), averaged("clip_l14", 30.0)]
+    name = "stronger_teacher_worse_student"
+
+    def judged(*teachers: Measured) -> tuple[Beside, Verdict]:
+        (found,) = beside([*students, *teachers])
+        return found, verdict_of(found, name)
+
+    _, as_printed = judged(own_average("clip_l14", 37.0), own_average("clip_b16", 34.0))
+    assert (as_printed.verdict, as_printed.judged[0].outcome) == ("supported", "holds")
+    found, reverse = judged(own_average("clip_l14", 34.0), own_average("clip_b16", 37.0))
+    assert reverse.judged[0].outcome == "does not apply"
+    assert reverse.count("holds") + reverse.count("contradicted") == 0
+    (note,) = [n for n in claim_grid(found).notes if "stronger than CLIP-ViT-B" in n]
+    assert "34.00 against 37.00" in note
+    assert "gap of CLIP-ViT-L over gap of CLIP-ViT-B" in note
+    row = next(r for r in rows_of(claims_csv(found)) if r["claim"] == name)
+    parts = ("our_premise_first", "our_premise_second", "our_premise_outcome", "our_outcome")
+    assert [row[part] for part in parts] == ["34.0", "37.0", "contradicted", "does not apply"]
+    assert (row["paper_premise_first"], row["paper_premise_outcome"]) == ("36.94", "holds")
+    assert judged()[1].verdict == "not run"
+
+
+def test_both_readings_of_the_clip_labels_stand_beside_ours() -> None:
+    losses = ("clip_kd", "mse", "icl", "kl")
+
+    def fits(*differences: float) -> str:
+        runs = [
+            one(teacher, loss=loss, value=value, interval=around(value, 0.5))
+            for loss, d in zip(losses, differences, strict=True)
+            for teacher, value in (("clip_b16", 30.0 + d), ("clip_l14", 30.0))
+        ]
+        (found,) = beside(runs)
+        labels = table_named(found, "clip_labels")
+        (cell, again) = labels.ours[0]
+        assert cell is not None
+        assert cell == again
+        assert cell.value == pytest.approx(differences[0])
+        assert [c.printed for c in labels.paper.rows[0].cells] == [2.01, -2.01]
+        return next(line for line in labels.marks.lines() if "By ImageNet" in line)
+
+    assert "as printed; 1 seed" in fits(2.0, 1.5, 0.1, 1.4)
+    assert "swapped" in fits(-2.0, -1.5, 0.1, -1.4)
+    assert "do not decide" in fits(2.0, -1.5, 0.1, 1.4)
+    assert "do not decide" in fits(0.1, -0.1, 0.1, 0.2)
 
 
 # Files.

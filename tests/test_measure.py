@@ -15,7 +15,8 @@ from kdscale.core.scale import MINI
 from kdscale.core.storage import Storage
 from kdscale.core.vlm_config import Vlm
 from kdscale.eval.benchmarks import BENCHMARKS
-from kdscale.sweep.beside import Measured, beside, place_of
+from kdscale.sweep.beside import beside
+from kdscale.sweep.beside_runs import Measured, place_of, places_of
 from kdscale.sweep.grid import Sweep, choose
 from kdscale.sweep.measure import measured
 from kdscale.sweep.paper_figures import table_named
@@ -122,7 +123,9 @@ def test_scoring_and_students_are_told_apart(folder: Path, storage: Storage) -> 
     assert place_of(found[1]) == student("mmvp", "CLIP-ViT-B")
     first, second = beside(found)
     assert (first.variant, second.variant) == ("", "scored by corrected rules")
-    assert first.elsewhere == 2  # the paper has no student in Bunny
+    assert first.elsewhere == 0  # the paper has one student in Bunny: this one
+    (mmvp,) = [one for one in found if (one.framework, one.metric) == ("bunny", "mmvp")]
+    assert encoder("mmvp", "Bunny", "Qwen2-0.5B", "CLIP-KD-ViT-T") in places_of(mmvp)
 
 
 def test_cka_with_the_own_teacher_stands_in_table_3(folder: Path, storage: Storage) -> None:

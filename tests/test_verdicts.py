@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from kdscale.eval.scoring.totals import Part, influences, summarise
-from kdscale.sweep.places import Estimate, Influence, Place, combined, mean_influence, student
+from kdscale.sweep.places import (
+    Estimate,
+    Influence,
+    Place,
+    combined,
+    encoder,
+    mean_influence,
+    student,
+)
 from kdscale.sweep.verdicts import Claim, Comparison, contrast, holm, judge
 
 A, B, C = (student("imagenet", name) for name in ("CLIP-ViT-B", "CLIP-ViT-L", "SigLIP-so400m"))
@@ -53,6 +62,46 @@ def test_no_worse_than_takes_a_margin() -> None:
     assert judge(claim((A, B)), alike).verdict == "undecided at this n"
     assert judge(claim((A, B), least=-1.0), alike).verdict == "supported"
     assert judge(claim((A, B), least=1.0), alike).verdict == "not supported"
+
+
+def test_a_premise_decides_whether_a_comparison_counts() -> None:
+    small, large = (encoder("average", "TinyLLaVA", "Qwen2-0.5B", name) for name in ("B", "L"))
+    stronger = Comparison(name="L is stronger", terms=((1.0, large), (-1.0, small)))
+    one, other = claim((A, B), (A, C)).comparisons
+    though_weaker = replace(one, premise=stronger)
+    said = replace(claim((A, B)), comparisons=(though_weaker,))
+    students = {A: estimates(36.0), B: estimates(34.0), C: estimates(35.0)}
+    low, near, high = estimates(33.0), estimates(34.9), estimates(37.0)
+    middle = {small: estimates(35.0)}
+
+    assert judge(said, students | middle | {large: high}).verdict == "supported"
+    fails = judge(said, students | middle | {large: low})
+    (judged,) = fails.judged
+    assert (fails.verdict, judged.outcome, judged.p) == ("does not apply",) * 2 + (None,)
+    assert judged.premise is not None
+    assert judged.premise.found is not None
+    assert judged.premise.found.parts == (33.0, 35.0)
+    assert (fails.seeds, fails.detectable) == (0, None)
+    unclear = judge(said, students | middle | {large: near})
+    assert (unclear.verdict, unclear.judged[0].outcome) == ("undecided at this n", "undecided")
+    assert judge(said, students | middle).verdict == "not run"
+    # It counts neither for nor against, and takes no share of Holm's correction.
+    both = replace(said, comparisons=(though_weaker, other))
+    alone = judge(claim((A, C)), students)
+    rest = judge(both, students | middle | {large: low})
+    assert (rest.verdict, rest.judged[1].p) == (alone.verdict, alone.judged[0].p)
+    against = students | {C: estimates(38.0)} | middle | {large: low}
+    assert judge(replace(both, need="any"), against).verdict == "not supported"
+
+
+def test_those_that_are_decided_have_to_agree_where_the_claim_says_so() -> None:
+    said = claim((A, B), (A, C), need="agree")
+    high, low, near = estimates(36.0), estimates(34.0), estimates(35.0)
+    assert judge(said, {A: high, B: low, C: high}).verdict == "supported"
+    assert judge(said, {A: low, B: high, C: low}).verdict == "not supported"
+    assert judge(said, {A: near, B: low, C: high}).verdict == "undecided at this n"
+    assert judge(said, {A: near, B: near, C: near}).verdict == "undecided at this n"
+    assert judge(said, {}).verdict == "not run"
 
 
 def test_seeds_that_scatter_leave_a_claim_open() -> None:

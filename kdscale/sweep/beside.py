@@ -3,108 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
 from kdscale.analysis.stats import Interval
-from kdscale.sweep.claims import CLAIMS
-from kdscale.sweep.paper_notes import Marks
+from kdscale.sweep.beside_runs import Measured, places_of, runs_of
+from kdscale.sweep.claims import CLAIMS, CLIP_LABELS
+from kdscale.sweep.paper_notes import Marks, Note
 from kdscale.sweep.paper_numbers import paper_numbers
-from kdscale.sweep.paper_tables import PaperCell, PaperTable, paper_tables
+from kdscale.sweep.paper_tables import TITLES, PaperCell, PaperTable, paper_tables
 from kdscale.sweep.places import (
+    AVERAGE,
     CKA,
-    IMAGENET,
-    PAPER_NAMES,
-    Estimate,
-    Influence,
+    RELEASED,
     Numbers,
     Place,
+    encoder,
 )
-from kdscale.sweep.verdicts import NOT_RUN, Verdict, contrast, judge
+from kdscale.sweep.verdicts import (
+    NOT_RUN,
+    NOT_SUPPORTED,
+    SUPPORTED,
+    UNDECIDED,
+    Verdict,
+    contrast,
+    judge,
+)
 
-Z = 1.959964
 NOT_PRINTED = "not printed"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """One number of one run; names are roles, or what a spec of one's own is called.
-
-    Attributes:
-        framework: Recipe of the VLM; None for metrics of the encoder alone.
-        teacher: None for given encoders and for students without one.
-        loss: None for given encoders, as data and epochs are.
-        epochs: As the recipe states them at the paper's scale.
-        metric: As in `kdscale.sweep.places.Place`.
-        n: Questions or images.
-        interval: 95 %, over the choice of questions; None where there is none.
-        chance: What guessing gives, None where that has no meaning.
-        constant: More than 95 % of the answers are one and the same.
-        variant: How the student's training departs from the defaults of recipes, in words.
-        vlm_variant: The same of the VLM's training and scoring.
-        limited: Only the first questions were asked.
-        influence: By question, where the answers are at hand.
-    """
-
-    framework: str | None
-    llm: str | None
-    student_or_encoder: str
-    teacher: str | None
-    loss: str | None
-    data: str | None
-    epochs: int | None
-    seed: int
-    metric: str
-    value: float
-    n: int
-    interval: Interval | None
-    chance: float | None
-    constant: bool
-    variant: str = ""
-    vlm_variant: str = ""
-    limited: bool = False
-    influence: Influence | None = field(default=None, repr=False, compare=False)
-
-    @property
-    def estimate(self) -> Estimate:
-        """What the rule for claims takes."""
-        error = None if self.interval is None else (self.interval.high - self.interval.low) / 2 / Z
-        known = error is not None and math.isfinite(error) and error > 0
-        return Estimate(
-            value=self.value,
-            seed=self.seed,
-            standard_error=error if known else None,
-            influence=self.influence,
-        )
-
-
-def place_of(measured: Measured) -> Place | None:
-    """Returns a number's place in the paper's names; None where the paper has no such model."""
-    roles = (
-        measured.framework,
-        measured.llm,
-        measured.student_or_encoder,
-        measured.teacher,
-        measured.loss,
-        measured.data,
-    )
-    names = [None if role is None else PAPER_NAMES.get(role) for role in roles]
-    if any(role is not None and name is None for role, name in zip(roles, names, strict=True)):
-        return None
-    framework, llm, model, teacher, loss, data = names
-    alone = measured.metric == IMAGENET or measured.metric.startswith(CKA)
-    return Place(
-        metric=measured.metric,
-        framework=None if alone else framework,
-        llm=None if alone else llm,
-        model=str(model),
-        teacher=teacher,
-        loss=loss,
-        data=data,
-        epochs=measured.epochs,
-    )
+TAUGHT = "taught by CLIP-ViT-B on CC12M with CLIP-KD's loss, the ViT-T of table 2"
+LABELS_FIT = {
+    SUPPORTED: "fit the labels as printed",
+    NOT_SUPPORTED: "fit swapped labels",
+    UNDECIDED: "do not decide between the two readings at this n",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,10 +61,24 @@ class OurCell:
 
 @dataclass(frozen=True, kw_only=True)
 class BesideTable:
-    """A table of the paper with our cells; None marks what was not run."""
+    """A table of the paper with our cells; None marks what was not run.
+
+    Attributes:
+        notes: What has to be known of ours.
+    """
 
     paper: PaperTable
     ours: tuple[tuple[OurCell | None, ...], ...]
+    notes: tuple[Note, ...] = ()
+
+    @property
+    def marks(self) -> Marks:
+        """The notes on all of its columns."""
+        return self.marks_on(self.paper.columns)
+
+    def marks_on(self, columns: Sequence[str]) -> Marks:
+        """Returns the notes on some of its columns."""
+        return Marks.of(self.paper, columns, self.notes)
 
     @property
     def num_run(self) -> int:
@@ -149,8 +97,8 @@ class BesideTable:
             for row, owns in zip(self.paper.rows, self.ours, strict=True)
             for column, cell, own in zip(self.paper.columns, row.cells, owns, strict=True)
         ]
-        notes = Marks.of(self.paper, self.paper.columns).lines()
-        return {"name": self.paper.name, "title": self.paper.title, "cells": cells, "notes": notes}
+        front = {"name": self.paper.name, "title": self.paper.title}
+        return {**front, "cells": cells, "notes": self.marks.lines()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,26 +186,54 @@ def _variants(measured: Sequence[Measured]) -> dict[tuple[str, str], list[Measur
 
 def _beside(variant: str, measured: Sequence[Measured], printed: tuple[Verdict, ...]) -> Beside:
     """Compares results that were trained alike."""
-    runs: dict[Place, list[Measured]] = {}
-    elsewhere = 0
     known = {place for t in paper_tables() for r in t.rows for c in r.cells for _, place in c.terms}
-    for one in measured:
-        place = place_of(one)
-        elsewhere += place not in known
-        if place is not None:
-            own = runs.setdefault(place, [])
-            if one.seed not in {other.seed for other in own}:
-                own.append(one)
+    runs = runs_of(measured)
     numbers = {place: [one.estimate for one in own] for place, own in runs.items()}
+    ours = tuple(judge(claim, numbers) for claim in CLAIMS)
     tables = tuple(
         BesideTable(
             paper=table,
             ours=tuple(tuple(_cell(c, runs, numbers) for c in row.cells) for row in table.rows),
+            notes=_notes(table, runs, ours),
         )
         for table in paper_tables()
     )
-    ours = tuple(judge(claim, numbers) for claim in CLAIMS)
+    elsewhere = sum(known.isdisjoint(places_of(one)) for one in measured)
     return Beside(variant=variant, tables=tables, paper=printed, ours=ours, elsewhere=elsewhere)
+
+
+def _notes(
+    table: PaperTable, runs: Mapping[Place, Sequence[Measured]], ours: Sequence[Verdict]
+) -> tuple[Note, ...]:
+    """Returns what has to be known of our numbers in a table."""
+    if table.name == "table1":
+        return tuple(_released_notes(table, runs))
+    if table.name == "clip_labels":
+        found = next(one for one in ours if one.claim is CLIP_LABELS)
+        if found.verdict in LABELS_FIT:
+            seeds = "1 seed" if found.seeds == 1 else f"{found.seeds} seeds"
+            text = f"By ImageNet, ours {LABELS_FIT[found.verdict]}; {seeds}"
+            return (Note(tables=(table.name,), text=text, source=f"claim {found.claim.name}"),)
+    return ()
+
+
+def _released_notes(table: PaperTable, runs: Mapping[Place, Sequence[Measured]]) -> Iterator[Note]:
+    """Yields which ViT-T of ours fills the rows of CLIP-KD's released one."""
+    rows: dict[str, list[str]] = {}
+    for framework, llm, model in (row.labels for row in table.rows):
+        own = runs.get(encoder(AVERAGE, framework, llm, model), ())
+        if model == RELEASED and own:
+            given = own[0].weights_of and f"the given weights, {own[0].student_or_encoder}"
+            rows.setdefault(given or TAUGHT, []).append(f"{framework} with {llm}")
+    for text, where in rows.items():
+        here = f" ({', '.join(where)})" if len(rows) > 1 else ""
+        yield Note(
+            tables=(table.name,),
+            rows=(RELEASED,),
+            columns=(TITLES[AVERAGE],),
+            text=f"Ours: {text}{here}",
+            source="docs/claims.md",
+        )
 
 
 def _cell(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from kdscale.sweep.beside import Beside, BesideTable, OurCell, said
+from kdscale.sweep.beside import NOT_PRINTED, Beside, BesideTable, OurCell, said
 from kdscale.sweep.grids import NONE, Grid, Words
-from kdscale.sweep.paper_notes import Marks
 from kdscale.sweep.paper_tables import PaperCell
+from kdscale.sweep.places import CKA
 from kdscale.sweep.verdicts import (
+    DOES_NOT_APPLY,
     NOT_RUN,
     NOT_SUPPORTED,
     SUPPORTED,
@@ -21,7 +22,11 @@ from kdscale.sweep.verdicts import (
 )
 
 TONES = {SUPPORTED: "better", NOT_SUPPORTED: "worse"}
-NEEDS = {"all": "all have to hold", "any": "one suffices"}
+NEEDS = {
+    "all": "all have to hold",
+    "any": "one suffices",
+    "agree": "those that are decided have to agree",
+}
 SIGNS = {
     "at chance": "≈chance",
     "below chance": "<chance",
@@ -39,12 +44,14 @@ CLAIM_HEAD = (
     "claim", "text", "source", "paper_verdict", "our_verdict", "comparison", "at_least",
     "paper_value", "paper_p", "paper_outcome", "paper_detectable",
     "our_value", "our_low", "our_high", "our_p", "our_outcome", "our_detectable", "our_seeds",
+    "premise", "paper_premise_first", "paper_premise_second", "paper_premise_outcome",
+    "our_premise_first", "our_premise_second", "our_premise_outcome",
 )  # fmt: skip
 
 
 def decimals(cell: PaperCell) -> int:
     """Returns how many digits of a number mean something: CKA has three."""
-    return 3 if cell.terms[0][1].metric.startswith("cka") else 2
+    return 3 if cell.terms[0][1].metric.startswith(CKA) else 2
 
 
 def number(value: float | None, digits: int) -> str:
@@ -61,7 +68,7 @@ def beside_grid(table: BesideTable, *, whole: bool) -> Grid:
             something was run.
     """
     shown = table.paper.columns if whole else table.paper.columns[: table.paper.short]
-    marks = Marks.of(table.paper, shown)
+    marks = table.marks_on(shown)
     rows: list[list[Words]] = []
     for row, ours in zip(table.paper.rows, table.ours, strict=True):
         if not whole and not any(ours):
@@ -124,8 +131,28 @@ def claim_grid(found: Beside) -> Grid:
             "Comparisons: those that hold + that are contradicted / all. Detectable: the smallest "
             "difference, in points, that every comparison would find with a power of 0.8. One "
             "seed says nothing of another training run. The rule: docs/claims.md.",
+            *_inapplicable("The paper", found.paper),
+            *_inapplicable("Ours", found.ours),
         ],
     )
+
+
+def _inapplicable(whose: str, verdicts: Sequence[Verdict]) -> list[str]:
+    """Says which comparisons do not apply, and what was measured instead of their premise."""
+    names: dict[str, list[str]] = {}
+    for one in (one for verdict in verdicts for one in verdict.judged):
+        if one.outcome == DOES_NOT_APPLY and one.premise is not None:
+            front = f"{whose}, {one.premise.comparison.name}? {premise_words(one.premise)}"
+            names.setdefault(front, []).append(one.comparison.name)
+    return [f"{front}. So these do not apply: {'; '.join(own)}." for front, own in names.items()]
+
+
+def premise_words(premise: Judged) -> str:
+    """Writes the two numbers of a premise and its outcome: `36.94 against 34.65: holds`."""
+    if premise.found is None:
+        return premise.outcome
+    first, second = (number(part, digits_of(premise.comparison)) for part in premise.found.parts)
+    return f"{first} against {second}: {premise.outcome}"
 
 
 def _verdict(verdict: Verdict, words: str) -> Words:
@@ -137,13 +164,15 @@ def _verdict(verdict: Verdict, words: str) -> Words:
 def _tally(verdict: Verdict) -> str:
     """Counts outcomes."""
     decided = f"{verdict.count('holds')} + {verdict.count('contradicted')}"
-    return f"{decided} / {len(verdict.judged)}"
+    apart = verdict.count(DOES_NOT_APPLY)
+    words = f"; {apart} {'does' if apart == 1 else 'do'} not apply" if apart else ""
+    return f"{decided} / {len(verdict.judged) - apart}{words}"
 
 
 def comparison_grid(printed: Verdict, own: Verdict) -> Grid:
     """Returns the comparisons behind one claim."""
     rows = [
-        [Words(one.comparison.name), *_judged(said_, printed=True), *_judged(one, printed=False)]
+        [_asked(one.comparison), *_judged(said_, printed=True), *_judged(one, printed=False)]
         for said_, one in zip(printed.judged, own.judged, strict=True)
     ]
     return Grid(
@@ -154,28 +183,36 @@ def comparison_grid(printed: Verdict, own: Verdict) -> Grid:
     )
 
 
+def _asked(comparison: Comparison) -> Words:
+    """Names a comparison and its premise."""
+    premise = comparison.premise
+    return Words(comparison.name + (f"\nif {premise.name}" if premise else ""))
+
+
 def _judged(one: Judged, *, printed: bool) -> list[Words]:
-    """Returns the cells of a comparison: difference, adjusted p, outcome."""
+    """Returns the cells of a comparison: difference, adjusted p, outcome with its premise."""
+    premise = f"\n{premise_words(one.premise)}" if one.premise else ""
     if one.found is None:
-        return [Words(NONE, "muted")] * 2 + [Words("not printed" if printed else NOT_RUN, "muted")]
-    digits = 3 if is_cka(one.comparison) else 2
+        outcome = NOT_PRINTED if printed and one.outcome == NOT_RUN else one.outcome
+        return [Words(NONE, "muted")] * 2 + [Words(outcome + premise, "muted")]
+    digits = digits_of(one.comparison)
     half = one.found.half_width()
     text = f"{one.found.value:+.{digits}f}"
     if math.isfinite(half):
         low, high = one.found.value - half, one.found.value + half
         text += f" [{low:+.{digits}f}, {high:+.{digits}f}]"
     tone = {"holds": "better", "contradicted": "worse"}.get(one.outcome, "muted")
-    return [Words(text), Words(number(one.p, 3)), Words(one.outcome, tone)]
+    return [Words(text), Words(number(one.p, 3)), Words(one.outcome + premise, tone)]
 
 
-def is_cka(comparison: Comparison) -> bool:
-    """Tells whether a comparison is of CKA, which is at most 1."""
-    return comparison.terms[0][1].metric.startswith("cka")
+def digits_of(comparison: Comparison) -> int:
+    """Returns how many digits of a comparison mean something: CKA, at most 1, has three."""
+    return 3 if comparison.terms[0][1].metric.startswith(CKA) else 2
 
 
 def table_csv(table: BesideTable) -> str:
     """Returns a table as CSV, one line a cell."""
-    marks = Marks.of(table.paper, table.paper.columns)
+    marks = table.marks
     lines = marks.lines()
     rows: list[Sequence[object]] = [(*table.paper.label_names, *CSV_HEAD)]
     for row, owns in zip(table.paper.rows, table.ours, strict=True):
@@ -201,10 +238,19 @@ def claims_csv(found: Beside) -> str:
         front = (claim.name, claim.text, claim.source, said(printed), own.verdict)
         for theirs, one in zip(printed.judged, own.judged, strict=True):
             value = theirs.found and theirs.found.value
-            outcome = "not printed" if theirs.found is None else theirs.outcome
+            outcome = NOT_PRINTED if theirs.outcome == NOT_RUN else theirs.outcome
             paper = (value, theirs.p, outcome, theirs.detectable)
-            rows.append((*front, one.comparison.name, one.comparison.least, *paper, *_claim(one)))
+            compared = (*front, one.comparison.name, one.comparison.least, *paper, *_claim(one))
+            rows.append((*compared, *_premises(one.comparison, theirs, one)))
     return _to_csv(rows)
+
+
+def _premises(comparison: Comparison, *judged: Judged) -> Iterator[object]:
+    """Yields the fields of a comparison's premise, of the paper's and of ours."""
+    yield comparison.premise and comparison.premise.name
+    for one in judged:
+        parts = one.premise.found.parts if one.premise and one.premise.found else (None, None)
+        yield from (*parts, one.premise and one.premise.outcome)
 
 
 def _claim(one: Judged) -> tuple[object, ...]:
@@ -226,7 +272,7 @@ def _to_csv(rows: Iterable[Sequence[object]]) -> str:
 def table_tex(table: BesideTable) -> str:
     """Returns a table for LaTeX (booktabs, graphicx): a line as printed above a line of ours."""
     paper, width = table.paper, len(table.paper.label_names)
-    marks = Marks.of(paper, paper.columns)
+    marks = table.marks
     body: list[str] = []
     for row, owns in zip(paper.rows, table.ours, strict=True):
         printed = [

@@ -12,7 +12,7 @@ from typing import Any
 
 from kdscale.core.config import Distill
 from kdscale.core.types import ConfigError
-from kdscale.sweep.beside import Measured
+from kdscale.sweep.beside_runs import Measured
 from kdscale.sweep.grid import Sweep
 from kdscale.sweep.measure import numbers_of
 from kdscale.sweep.naming import label

@@ -12,14 +12,14 @@ import numpy as np
 
 from kdscale.analysis.stats import Interval
 from kdscale.core.answers_config import Answers
-from kdscale.core.config import Distill, Recipe
+from kdscale.core.config import Distill, Pretrained, Recipe
 from kdscale.core.scale import resolve
 from kdscale.core.trained import student_key
 from kdscale.core.vlm_config import SuiteSpec, Vlm
 from kdscale.eval.benchmarks import BENCHMARKS
 from kdscale.eval.scores import influences
 from kdscale.sweep.benchmark_outcomes import BenchmarkRow, interval_of
-from kdscale.sweep.beside import Measured, Z
+from kdscale.sweep.beside_runs import Measured, Z
 from kdscale.sweep.naming import label
 from kdscale.sweep.outcomes import Outcome
 from kdscale.sweep.places import AVERAGE, CKA, Influence, combined, mean_influence
@@ -53,8 +53,8 @@ def measured(report: Report, plan: Plan) -> list[Measured]:
             continue
         for one in numbers_of(trial, report, plan):
             names = (one.framework, one.llm, one.student_or_encoder, one.teacher, one.loss)
-            how = (one.data, one.epochs, one.variant, one.vlm_variant, one.seed, one.metric)
-            found.setdefault((*names, *how), one)
+            how = (one.data, one.epochs, one.schedule, one.variant, one.vlm_variant)
+            found.setdefault((*names, *how, one.seed, one.metric), one)
     return [*found.values()]
 
 
@@ -103,21 +103,20 @@ def _blank(model: Any, seed: int) -> Measured:
         interval=None,
         chance=None,
         constant=False,
+        weights_of=str(label(model.student)) if isinstance(model, Pretrained) else None,
     )
 
 
-def _student(recipe: Distill) -> Measured:
-    """Returns a student's names, without a number yet; one on the way is another variant."""
-    how = [departures(recipe, NAMES | EXECUTION)]
-    if _is_early(recipe):
-        how.append(f"read on the way of {recipe.epochs} epochs")
+def student_names(recipe: Distill) -> Measured:
+    """Returns a student's names, without a number yet."""
     return replace(
         _blank(recipe.student, recipe.seed),
         teacher=None if recipe.teacher is None else str(label(recipe.teacher)),
         loss=str(label(recipe.loss)),
         data=str(label(recipe.data)),
         epochs=recipe.read_epoch or recipe.epochs,
-        variant=", ".join(filter(None, how)),
+        schedule=recipe.epochs if _is_early(recipe) else None,
+        variant=departures(recipe, NAMES | EXECUTION),
     )
 
 
@@ -142,7 +141,7 @@ def _of_student(recipe: Distill, outcome: Outcome | None) -> Iterator[Measured]:
     if not outcome.done or answers is None or score is None:
         return
     benchmark = str(label(recipe.zero_shot))
-    own = replace(_student(recipe), n=score.n)
+    own = replace(student_names(recipe), n=score.n)
     most = Counter(answers.answers).most_common(1)[0][1]
     yield replace(
         own,
@@ -165,7 +164,7 @@ def _of_comparisons(trial: PlannedTrial, recipe: Distill, report: Report) -> Ite
     for row in report.compared(trial.sweep):
         mine = (row.trial_key, row.tap) == (trial.key, TAP) and row.images in BENCHMARKS
         if mine and row.debiased is not None and math.isfinite(row.debiased):
-            own = replace(_student(recipe), metric=CKA + row.images, n=row.n or 0)
+            own = replace(student_names(recipe), metric=CKA + row.images, n=row.n or 0)
             yield replace(own, value=row.debiased)
 
 
@@ -173,7 +172,7 @@ def _of_vlm(
     recipe: Vlm, row: VlmRow, outcomes: list[Outcome], suite: SuiteSpec | None
 ) -> Iterator[Measured]:
     """Yields a VLM's benchmarks and their average."""
-    own = _vlm(recipe, suite)
+    own = vlm_names(recipe, suite)
     parts: dict[str, Measured] = {}
     for found in row.benchmarks:
         if found.score is None:
@@ -194,13 +193,13 @@ def _of_vlm(
         yield _average(row.average, own, parts)
 
 
-def _vlm(recipe: Vlm, suite: SuiteSpec | None) -> Measured:
+def vlm_names(recipe: Vlm, suite: SuiteSpec | None) -> Measured:
     """Returns a VLM's names, without a number yet."""
     vision = recipe.vision
     how = [departures(recipe, VLM_NAMES | EXECUTION)]
     if suite is not None and suite.mode != "paper":
         how.append(f"scored by {suite.mode} rules")
-    own = _student(vision) if isinstance(vision, Distill) else _blank(vision, recipe.seed)
+    own = student_names(vision) if isinstance(vision, Distill) else _blank(vision, recipe.seed)
     if own.seed != recipe.seed:
         how.append(f"student of seed {own.seed}")
     return replace(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from itertools import product
 from typing import Any, cast
 
 import matplotlib
@@ -20,8 +21,9 @@ from kdscale.sweep.figures import (
     put_legend,
     quiet,
 )
-from kdscale.sweep.paper_tables import EPOCHS, LONG_TEACHERS
+from kdscale.sweep.paper_tables import COMPLETE, EPOCHS, LONG_TEACHERS, ON_THE_WAY, PROTOCOLS
 
+LINES = {COMPLETE: "solid", ON_THE_WAY: "dashed"}
 TEACHER, STUDENT = COLOURS[0], COLOURS[1]
 BESIDE = 0.022  # of the axis
 HOLLOW: dict[str, Any] = {"markerfacecolor": "none", "linestyle": "none", "markersize": 6}
@@ -57,7 +59,7 @@ def gap_figure(found: Beside) -> Figure:
 
 
 def long_figure(found: Beside) -> Figure:
-    """Draws figure 3: scores over epochs of distillation, for each teacher."""
+    """Draws figure 3: scores over epochs of distillation, for each teacher and protocol."""
     table = table_named(found, "figure3")
     figure = new_figure(3.2)
     grid: Any = figure.subplots(1, len(table.paper.columns), squeeze=False)
@@ -66,26 +68,31 @@ def long_figure(found: Beside) -> Figure:
         axes.set_title(f"{table.paper.columns[column]}, %", fontsize=9.5, color=INK)
         axes.set_xticks(EPOCHS)
         axes.set_xlim(EPOCHS[0] - 10, EPOCHS[-1] + 10)
-        for index, teacher in enumerate(LONG_TEACHERS):
-            _line(axes, table, teacher, column, COLOURS[index])
-    entries = [legend_entry(n, COLOURS[i], "solid", "o") for i, n in enumerate(LONG_TEACHERS)]
-    put_legend(figure, [*entries, *_sides(table)])
+        for names in product(LONG_TEACHERS, PROTOCOLS):
+            _line(axes, table, names, column)
+    entries = [legend_entry(n, COLOURS[i], "none", "o") for i, n in enumerate(LONG_TEACHERS)]
+    lines = [legend_entry(name, MUTED, LINES[name]) for name in PROTOCOLS]
+    put_legend(figure, [*entries, *lines, *_sides(table)])
     return figure
 
 
-def _line(axes: Any, table: BesideTable, teacher: str, column: int, colour: str) -> None:
-    """Draws one teacher's students over epochs; the two teachers are set a little apart."""
+def _line(axes: Any, table: BesideTable, names: tuple[str, str], column: int) -> None:
+    """Draws the students of a teacher and protocol; the two teachers are set a little apart."""
     points: list[tuple[float, float]] = []
+    teacher, protocol = names
+    colour = COLOURS[LONG_TEACHERS.index(teacher)]
     shift = -2.5 if teacher == LONG_TEACHERS[0] else 0.5
     for row, owns in zip(table.paper.rows, table.ours, strict=True):
-        if row.labels[0] == teacher:
-            place, own = int(row.labels[1]) + shift, owns[column]
+        if row.labels[:2] == names:
+            place, own = int(row.labels[2]) + shift, owns[column]
             _point(axes, place, row.cells[column].printed, own, colour)
             if own is not None:
                 left, right = axes.get_xlim()
                 points.append((place + BESIDE * (right - left), own.value))
     if points:
-        axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.4)
+        axes.plot(
+            *zip(*points, strict=True), color=colour, linewidth=1.4, linestyle=LINES[protocol]
+        )
 
 
 def _point(

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 AVERAGE, IMAGENET, CKA = "average", "imagenet", "cka:"
+RELEASED = "CLIP-KD-ViT-T"  # table 1's name of a ViT-T/16 that CLIP-ViT-B has taught
 
 # Every role of the catalogues, and what arXiv 2511.17886 calls it; None is not in the paper.
 PAPER_NAMES: dict[str, str | None] = {
@@ -62,6 +63,7 @@ class Place:
         model: The encoder or student.
         framework: Of the VLM that answered; None where the encoder alone was measured.
         teacher: None for a given encoder, whose loss, data and epochs are None as well.
+        schedule: Epochs of the run on whose way the student was read; None at a run's end.
     """
 
     metric: str
@@ -72,6 +74,7 @@ class Place:
     loss: str | None = None
     data: str | None = None
     epochs: int | None = None
+    schedule: int | None = None
 
 
 def encoder(metric: str, framework: str, llm: str, model: str) -> Place:

@@ -6,7 +6,7 @@ docs/claims.md states it in words. Nothing here knows where numbers come from.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, variance
 from typing import Any, Literal, cast
@@ -16,9 +16,9 @@ from scipy import stats  # pyright: ignore[reportMissingTypeStubs]
 from kdscale.sweep.places import Estimate, Numbers, Terms, combined
 
 ALPHA, POWER, LEVEL = 0.05, 0.8, 0.95
-Need = Literal["all", "any"]
+Need = Literal["all", "any", "agree"]
 SUPPORTED, NOT_SUPPORTED = "supported", "not supported"
-UNDECIDED, NOT_RUN = "undecided at this n", "not run"
+UNDECIDED, NOT_RUN, DOES_NOT_APPLY = "undecided at this n", "not run", "does not apply"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +30,13 @@ class Comparison:
         terms: The sum, mostly a difference of two.
         least: 0 says that there is a difference; a negative number that a loss is at most so
             large.
+        premise: What has to hold for the statement to say what its claim says.
     """
 
     name: str
     terms: Terms
     least: float = 0.0
+    premise: Comparison | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,7 @@ class Claim:
         name: Short, for files.
         text: The claim.
         source: Where the paper says or prints it.
-        need: Whether all comparisons have to hold or any of them.
+        need: Whether all comparisons have to hold, any of them, or those that are decided.
     """
 
     name: str
@@ -63,12 +65,14 @@ class Contrast:
         standard_error: None where nothing is known of the spread.
         dof: Degrees of freedom of the standard error.
         seeds: That the sum was computed for.
+        parts: The numbers that were summed, without their weights.
     """
 
     value: float
     standard_error: float | None
     dof: float
     seeds: int
+    parts: tuple[float, ...]
 
     def half_width(self, level: float = LEVEL) -> float:
         """Returns half of the interval's width; NaN without an error."""
@@ -98,19 +102,20 @@ def contrast(terms: Terms, numbers: Numbers) -> Contrast | None:
     for place in runs[1:]:
         shared &= {run.seed for run in place}
     used = [[run for run in place if run.seed in shared] if shared else [*place] for place in runs]
-    value = sum(w * fmean(run.value for run in u) for w, u in zip(weights, used, strict=True))
+    parts = tuple(fmean(run.value for run in place) for place in used)
+    value = sum(w * part for w, part in zip(weights, parts, strict=True))
     over_questions = _over_questions(weights, used)
     seeds = max(1, len(shared))
     if seeds == 1:
         error = None if over_questions is None else math.sqrt(over_questions)
-        return Contrast(value=value, standard_error=error, dof=math.inf, seeds=1)
+        return Contrast(value=value, standard_error=error, dof=math.inf, seeds=1, parts=parts)
     sums = [_sum_of(weights, used, seed) for seed in shared]
     over_seeds = variance(sums) / seeds
     total = over_seeds + (over_questions or 0.0)
     # Welch and Satterthwaite: the error over questions counts as known.
     dof = math.inf if over_seeds == 0 else (seeds - 1) * (total / over_seeds) ** 2
     error = math.sqrt(total) if total > 0 else None
-    return Contrast(value=value, standard_error=error, dof=dof, seeds=seeds)
+    return Contrast(value=value, standard_error=error, dof=dof, seeds=seeds, parts=parts)
 
 
 def _sum_of(weights: Sequence[float], runs: Sequence[Sequence[Estimate]], seed: int) -> float:
@@ -146,9 +151,12 @@ class Judged:
     """A comparison with what was found.
 
     Attributes:
-        p: Two-sided, adjusted by Holm over the claim's comparisons; None where it has no error.
-        outcome: `holds`, `contradicted`, `undecided`, `no interval` or `not run`.
+        p: Two-sided, adjusted by Holm over the claim's comparisons; None where it has no error,
+            or where the premise does not hold.
+        outcome: `holds`, `contradicted`, `undecided`, `no interval`, `not run` or, where the
+            premise is contradicted, `does not apply`.
         detectable: Smallest difference that would be found with a power of 0.8 at this n.
+        premise: What was found about the comparison's premise.
     """
 
     comparison: Comparison
@@ -156,6 +164,7 @@ class Judged:
     p: float | None
     outcome: str
     detectable: float | None
+    premise: Judged | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,8 +181,9 @@ class Verdict:
 
     @property
     def seeds(self) -> int:
-        """Fewest seeds of a comparison that was made, 0 where none was."""
-        return min((one.found.seeds for one in self.judged if one.found), default=0)
+        """Fewest seeds of a comparison that was made and applies, 0 where none was."""
+        made = [one.found for one in self.judged if one.found and one.outcome != DOES_NOT_APPLY]
+        return min((found.seeds for found in made), default=0)
 
     @property
     def detectable(self) -> float | None:
@@ -188,21 +198,35 @@ def judge(claim: Claim, numbers: Numbers) -> Verdict:
         claim: What is said.
         numbers: The runs of every place.
     """
-    found = [contrast(comparison.terms, numbers) for comparison in claim.comparisons]
-    raw = [_p_value(c, f) for c, f in zip(claim.comparisons, found, strict=True)]
-    count = sum(p is not None for p in raw)
-    judged = tuple(
+    stated = dict.fromkeys(c.premise for c in claim.comparisons if c.premise is not None)
+    premises = {one.comparison: one for one in _judged([*stated], numbers, {})}
+    judged = _judged(claim.comparisons, numbers, premises)
+    outcomes = [one.outcome for one in judged if one.outcome != DOES_NOT_APPLY]
+    verdict = _verdict(outcomes, claim.need) if outcomes else DOES_NOT_APPLY
+    return Verdict(claim=claim, verdict=verdict, judged=judged)
+
+
+def _judged(
+    comparisons: Sequence[Comparison], numbers: Numbers, premises: Mapping[Comparison, Judged]
+) -> tuple[Judged, ...]:
+    """Judges comparisons together; those whose premise does not hold are only looked at."""
+    own = [None if c.premise is None else premises[c.premise] for c in comparisons]
+    counts = [premise is None or premise.outcome == "holds" for premise in own]
+    found = [contrast(comparison.terms, numbers) for comparison in comparisons]
+    pairs = zip(comparisons, found, counts, strict=True)
+    adjusted = holm([_p_value(c, f) if is_counted else None for c, f, is_counted in pairs])
+    count = sum(p is not None for p in adjusted)
+    return tuple(
         Judged(
             comparison=comparison,
             found=one,
             p=p,
-            outcome=_outcome(comparison, one, p),
-            detectable=_detectable(one, count),
+            outcome=_outcome(comparison, one, p, premise),
+            detectable=None if p is None else _detectable(one, count),
+            premise=premise,
         )
-        for comparison, one, p in zip(claim.comparisons, found, holm(raw), strict=True)
+        for comparison, one, p, premise in zip(comparisons, found, adjusted, own, strict=True)
     )
-    outcomes = [one.outcome for one in judged]
-    return Verdict(claim=claim, verdict=_verdict(outcomes, claim.need), judged=judged)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -227,10 +251,16 @@ def _p_value(comparison: Comparison, found: Contrast | None) -> float | None:
     return float(2 * cast(Any, stats).t.sf(distance, found.dof))
 
 
-def _outcome(comparison: Comparison, found: Contrast | None, p: float | None) -> str:
-    """Names what a comparison has shown."""
+def _outcome(
+    comparison: Comparison, found: Contrast | None, p: float | None, premise: Judged | None
+) -> str:
+    """Names what a comparison has shown; a premise that is open leaves it open."""
+    if premise is not None and premise.outcome == "contradicted":
+        return DOES_NOT_APPLY
     if found is None:
         return NOT_RUN
+    if premise is not None and premise.outcome != "holds":
+        return premise.outcome
     if p is None:
         return "no interval"
     if p >= ALPHA:
@@ -242,6 +272,11 @@ def _verdict(outcomes: Sequence[str], need: Need) -> str:
     """Puts the outcomes of a claim's comparisons together."""
     if all(outcome == NOT_RUN for outcome in outcomes):
         return NOT_RUN
+    if need == "agree":
+        decided = set(outcomes) & {"holds", "contradicted"}
+        if len(decided) != 1:
+            return UNDECIDED
+        return SUPPORTED if "holds" in decided else NOT_SUPPORTED
     decisive, opposite = ("contradicted", "holds") if need == "all" else ("holds", "contradicted")
     if decisive in outcomes:
         return NOT_SUPPORTED if need == "all" else SUPPORTED
