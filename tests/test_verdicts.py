@@ -117,6 +117,36 @@ def test_seeds_that_scatter_leave_a_claim_open() -> None:
     assert (alone.verdict, alone.seeds) == ("supported", 1)
 
 
+def test_seeds_that_are_close_by_chance_decide_nothing() -> None:
+    said = claim((A, B), (A, C))
+    numbers = {
+        A: estimates(20.0, 20.1),
+        B: estimates(18.0, 18.1),  # beside A its two seeds do not scatter at all
+        C: estimates(14.0, 24.0),  # beside A they do
+    }
+    lucky = judge(claim((A, B)), numbers).judged[0]
+    together = judge(said, numbers).judged[0]
+    assert lucky.outcome == "holds"
+    assert together.outcome == "undecided"
+    assert lucky.found is not None
+    assert together.found is not None
+    assert (together.found.value, together.found.seeds_dof) == (lucky.found.value, 2)
+    other = replace(said.comparisons[1], alike="another column")
+    apart = judge(replace(said, comparisons=(said.comparisons[0], other)), numbers)
+    assert apart.judged[0].outcome == "holds"
+
+
+def test_two_seeds_are_wrong_as_seldom_as_the_rule_says() -> None:
+    rng = np.random.default_rng(0)
+    places = [student("imagenet", f"teacher {i}") for i in range(16)]
+    said = claim(*((place, places[0]) for place in places[1:]))
+    wrong = 0
+    for _ in range(200):
+        found = judge(said, {p: estimates(*rng.normal(20, 1, 2), error=0.3) for p in places})
+        wrong += bool(found.count("holds") + found.count("contradicted"))
+    assert wrong / 200 <= 0.07
+
+
 def test_without_any_spread_nothing_is_decided() -> None:
     bare = {A: estimates(0.79, error=None), B: estimates(0.68, error=None)}
     found = judge(claim((A, B)), bare)

@@ -19,7 +19,16 @@ from kdscale.sweep.naming import label
 from kdscale.sweep.places import AVERAGE, CKA, Numbers, Place
 from kdscale.sweep.plan import Plan
 from kdscale.sweep.report import Report
-from kdscale.sweep.verdicts import Claim, Comparison, Contrast, Judged, Verdict, contrast, judge
+from kdscale.sweep.verdicts import (
+    Claim,
+    Comparison,
+    Contrast,
+    Judged,
+    Verdict,
+    contrast,
+    judge,
+    pooled,
+)
 
 SAID = {
     "holds": "clear and positive",
@@ -68,9 +77,11 @@ class Finding:
         return tuple(name for name in self.names[1] if name != self.reference)
 
     def mean(self, row: str, column: str) -> Contrast | None:
-        """Returns a cell's mean with its error over questions and seeds."""
-        place = _place(self.metric, row, column)
-        return contrast(((1.0, place),), _numbers(self.metric, self.runs))
+        """Returns a cell's mean; how its seeds scatter is asked of the whole column."""
+        numbers = _numbers(self.metric, self.runs)
+        rows = self.names[0]
+        alone = [contrast(((1.0, _place(self.metric, r, column)),), numbers) for r in rows]
+        return pooled(alone, [column] * len(rows))[rows.index(row)]
 
     def difference(self, row: str, column: str) -> Judged:
         """Returns a cell less its row's reference."""
@@ -148,6 +159,7 @@ def _finding(
                     (1.0, _place(metric, row, column)),
                     (-1.0, _place(metric, row, reference)),
                 ),
+                alike=column,
             )
             for row in rows
             for column in columns

@@ -6,8 +6,8 @@ docs/claims.md states it in words. Nothing here knows where numbers come from.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import fmean, variance
 from typing import Any, Literal, cast
 
@@ -31,12 +31,20 @@ class Comparison:
         least: 0 says that there is a difference; a negative number that a loss is at most so
             large.
         premise: What has to hold for the statement to say what its claim says.
+        alike: Of a claim's comparisons of one metric, those that share this word and the weights
+            are taken to differ by as much from seed to seed.
     """
 
     name: str
     terms: Terms
     least: float = 0.0
     premise: Comparison | None = None
+    alike: str = ""
+
+    @property
+    def kind(self) -> Hashable:
+        """What comparisons have in common whose seeds are taken to scatter alike."""
+        return self.alike, tuple((weight, place.metric) for weight, place in self.terms)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,17 +70,33 @@ class Contrast:
     """A weighted sum of measured numbers.
 
     Attributes:
-        standard_error: None where nothing is known of the spread.
-        dof: Degrees of freedom of the standard error.
+        over_questions: Its variance over the choice of questions, None where nothing is known.
+        over_seeds: Variance of one seed's sum, None where no two seeds are known.
+        seeds_dof: Degrees of freedom of the latter.
         seeds: That the sum was computed for.
         parts: The numbers that were summed, without their weights.
     """
 
     value: float
-    standard_error: float | None
-    dof: float
+    over_questions: float | None
+    over_seeds: float | None
+    seeds_dof: int
     seeds: int
     parts: tuple[float, ...]
+
+    @property
+    def standard_error(self) -> float | None:
+        """Over questions and seeds; None where nothing is known of the spread."""
+        total = (self.over_questions or 0.0) + (self.over_seeds or 0.0) / self.seeds
+        return math.sqrt(total) if total > 0 else None
+
+    @property
+    def dof(self) -> float:
+        """Degrees of freedom by Welch and Satterthwaite; the error over questions is known."""
+        over_seeds = (self.over_seeds or 0.0) / self.seeds
+        if over_seeds == 0:
+            return math.inf
+        return self.seeds_dof * ((over_seeds + (self.over_questions or 0.0)) / over_seeds) ** 2
 
     def half_width(self, level: float = LEVEL) -> float:
         """Returns half of the interval's width; NaN without an error."""
@@ -104,18 +128,40 @@ def contrast(terms: Terms, numbers: Numbers) -> Contrast | None:
     used = [[run for run in place if run.seed in shared] if shared else [*place] for place in runs]
     parts = tuple(fmean(run.value for run in place) for place in used)
     value = sum(w * part for w, part in zip(weights, parts, strict=True))
-    over_questions = _over_questions(weights, used)
     seeds = max(1, len(shared))
-    if seeds == 1:
-        error = None if over_questions is None else math.sqrt(over_questions)
-        return Contrast(value=value, standard_error=error, dof=math.inf, seeds=1, parts=parts)
-    sums = [_sum_of(weights, used, seed) for seed in shared]
-    over_seeds = variance(sums) / seeds
-    total = over_seeds + (over_questions or 0.0)
-    # Welch and Satterthwaite: the error over questions counts as known.
-    dof = math.inf if over_seeds == 0 else (seeds - 1) * (total / over_seeds) ** 2
-    error = math.sqrt(total) if total > 0 else None
-    return Contrast(value=value, standard_error=error, dof=dof, seeds=seeds, parts=parts)
+    sums = [_sum_of(weights, used, seed) for seed in shared] if seeds > 1 else []
+    return Contrast(
+        value=value,
+        over_questions=_over_questions(weights, used),
+        over_seeds=variance(sums) if sums else None,
+        seeds_dof=seeds - 1,
+        seeds=seeds,
+        parts=parts,
+    )
+
+
+def pooled(found: Sequence[Contrast | None], kinds: Sequence[Hashable]) -> list[Contrast | None]:
+    """Gives sums of one kind a common variance over seeds: what all their seeds say of it.
+
+    Two seeds of one sum may be close by chance; its own variance, of one degree of freedom, would
+    then say next to nothing of what a third seed would change.
+
+    Args:
+        found: Sums, None where one was not run.
+        kinds: One each; those that are equal are taken to scatter alike.
+    """
+    spreads: dict[Hashable, float] = {}
+    dofs: dict[Hashable, int] = {}
+    for one, kind in zip(found, kinds, strict=True):
+        if one is not None and one.over_seeds is not None:
+            spreads[kind] = spreads.get(kind, 0.0) + one.over_seeds * one.seeds_dof
+            dofs[kind] = dofs.get(kind, 0) + one.seeds_dof
+    return [
+        replace(one, over_seeds=spreads[kind] / dofs[kind], seeds_dof=dofs[kind])
+        if one is not None and kind in dofs
+        else one
+        for one, kind in zip(found, kinds, strict=True)
+    ]
 
 
 def _sum_of(weights: Sequence[float], runs: Sequence[Sequence[Estimate]], seed: int) -> float:
@@ -212,7 +258,8 @@ def _judged(
     """Judges comparisons together; those whose premise does not hold are only looked at."""
     own = [None if c.premise is None else premises[c.premise] for c in comparisons]
     counts = [premise is None or premise.outcome == "holds" for premise in own]
-    found = [contrast(comparison.terms, numbers) for comparison in comparisons]
+    alone = [contrast(comparison.terms, numbers) for comparison in comparisons]
+    found = pooled(alone, [comparison.kind for comparison in comparisons])
     pairs = zip(comparisons, found, counts, strict=True)
     adjusted = holm([_p_value(c, f) if is_counted else None for c, f, is_counted in pairs])
     count = sum(p is not None for p in adjusted)
