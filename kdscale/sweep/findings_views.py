@@ -82,12 +82,12 @@ def _measured(found: Contrast, digits: int, sign: str = "") -> str:
 def findings_figure(findings: Sequence[Finding]) -> Figure:
     """Draws every difference with its 95 % interval, a panel for each metric."""
     lines = max(len(one.names[0]) * len(one.compared) for one in findings)
-    figure = new_figure(LINE_IN * lines + 1.3)
+    figure = new_figure(LINE_IN * lines + 1.5)
     grid: Any = figure.subplots(1, len(findings), squeeze=False, sharey=True)
     for axes, finding in zip(grid[0], findings, strict=True):
         unit = "points" if finding.unit else "of 1"
         quiet(axes, f"less {finding.reference}, {unit}")
-        axes.set_title(title_of(finding.metric), fontsize=9, color=INK)
+        axes.set_title(title_of(finding.metric).replace(" (", "\n("), fontsize=9, color=INK)
         axes.axvline(0.0, color=INK, linewidth=1.0)
         _draw(axes, finding)
     entries = [
