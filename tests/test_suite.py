@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ from kdscale.sweep.progress import print_plan
 from kdscale.sweep.render import print_report
 from kdscale.sweep.report import build_report
 from kdscale.sweep.schedule import waiting_trials
+from kdscale.sweep.tracked_facts import score_trial, trial_scores
+from kdscale.sweep.tracking import Tracker
 from kdscale.sweep.vlm_outcomes import VlmRow, family_scores, vlm_rows
 
 Rows = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
@@ -211,6 +214,30 @@ def test_a_report_shows_light_dark_and_average(folder: Path, storage: Storage) -
     shown = capture.get()
     assert "clear of blind and chance: 16 of 16" in shown
     assert f"average of the 16, MME-P / 20: {row.average:.2f}, without images 0.00" in shown
+
+
+def test_mlflow_has_a_vlms_scores_before_the_sweep_ends(
+    folder: Path, storage: Storage, tmp_path: Path
+) -> None:
+    from mlflow import MlflowClient
+
+    plan, sweep = plan_of(storage, suite(folder, "gqa", "mmvp"), suite(folder, "ai2d"))
+    for stage in plan.stages.values():
+        if not isinstance(stage.recipe, Answers):
+            stage.store(storage).finish({"seconds": 1.0})
+        elif stage.recipe.benchmark != "ai2d":
+            answer(stage, storage, "#none#" if stage.recipe.blind else None)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    Tracker(uri, sweep.name, plan, scored=partial(score_trial, plan, sweep)).sync()
+    client = MlflowClient(tracking_uri=uri)
+    found = client.get_experiment_by_name("kdscale/suites")
+    assert found is not None
+    ids, over = [found.experiment_id], "tags.level = 'trial' and attributes.status = 'FINISHED'"
+    (run,) = client.search_runs(ids, over)
+    expected = trial_scores(build_report(plan, [sweep]), sweep.name)
+    assert run.data.metrics == expected[run.info.run_name]
+    assert (run.data.metrics["benchmark/gqa"], run.data.metrics["benchmark_blind/gqa"]) == (100, 0)
+    assert found.tags["mlflow.experiment.primaryMetric.name"] == "vlm_average"
 
 
 def test_what_is_not_finished_is_not_counted(folder: Path, storage: Storage) -> None:
