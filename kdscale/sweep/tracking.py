@@ -236,7 +236,7 @@ class Tracker:
             found = self._client.get_experiment_by_name(name)
         assert found is not None
         tags = experiment_tags(
-            found.experiment_id, self._own_trials(), about, found.creation_time or 0
+            found.experiment_id, self._own_trials(), self._plan, about, found.creation_time or 0
         )
         for tag, value in tags.items():
             is_theirs = tag == NOTE_TAG and tag in found.tags  # a description may be edited
