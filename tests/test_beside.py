@@ -443,8 +443,8 @@ def test_figures_show_printed_and_measured_points() -> None:
 
 
 def test_the_gap_is_seen_against_zero_where_all_gaps_lie_below() -> None:
-    vlm = {"framework": "tinyllava", "llm": "qwen2_0_5b", "metric": "average"}
-    nothing = {"teacher": None, "loss": None, "data": None, "epochs": None}
+    vlm: dict[str, Any] = {"framework": "tinyllava", "llm": "qwen2_0_5b", "metric": "average"}
+    nothing: dict[str, Any] = {"teacher": None, "loss": None, "data": None, "epochs": None}
     given = one(**vlm, **nothing, student_or_encoder="clip_b16", value=20.0)
     (found,) = beside([given, one(**vlm, value=60.0)])
     panel: Any = gap_figure(found).axes[1]

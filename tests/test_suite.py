@@ -259,7 +259,7 @@ def test_mlflow_has_a_vlms_scores_before_the_sweep_ends(
     ids, over = [found.experiment_id], "tags.level = 'trial' and attributes.status = 'FINISHED'"
     (run,) = client.search_runs(ids, over)
     expected = trial_scores(build_report(plan, [sweep]), sweep.name)
-    assert run.data.metrics == expected[run.info.run_name]
+    assert run.data.metrics == expected[str(run.info.run_name)]
     assert (run.data.metrics["benchmark/gqa"], run.data.metrics["benchmark_blind/gqa"]) == (100, 0)
     assert found.tags["mlflow.experiment.primaryMetric.name"] == "vlm_average"
 

@@ -192,7 +192,7 @@ _BENCHMARKS: dict[str, _Benchmark] = {
     "cvbench_3d": _letters(letters.paper_cvbench_3d, 2),
 }
 BENCHMARKS = tuple(_BENCHMARKS)
-_TOGETHER = {
+_TOGETHER: dict[totals.Total, str] = {
     totals.paper_pairs: "pairs",
     totals.whole_pairs: "pairs",
     totals.whole_rotations: "questions",
