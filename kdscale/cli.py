@@ -81,6 +81,9 @@ Gates = Annotated[
 ]
 Seeds = Annotated[str | None, typer.Option("--seeds", help="Instead of the sweep's: 0,1,2.")]
 Paper = Annotated[bool, typer.Option("--paper", help="Beside the numbers of arXiv 2511.17886.")]
+Details = Annotated[
+    bool, typer.Option("--details", help="The tables of each trial, however many there are.")
+]
 Out = Annotated[Path | None, typer.Option("--out", help="With --paper: folder for its files.")]
 Only = Annotated[
     str | None, typer.Option("--only", help="Only trials that end so: distill, or vlm.")
@@ -249,7 +252,9 @@ def say_if_untouched(plan: Plan, request: Request) -> None:
         told.print(f"{request.storage.root} holds nothing of these sweeps. Run: {request.command}")
 
 
-def show_report(request: Request, *, paper: Paper = False, out: Out = None) -> None:
+def show_report(
+    request: Request, *, paper: Paper = False, out: Out = None, details: Details = False
+) -> None:
     """Show what came out: the table with intervals; with --out, files as well."""
     from kdscale.sweep.render import print_report
     from kdscale.sweep.report import build_report
@@ -257,7 +262,7 @@ def show_report(request: Request, *, paper: Paper = False, out: Out = None) -> N
     if out is not None and not paper:
         raise ConfigError("--out is the folder of what --paper writes: give both")
     if paper:
-        show_paper(request, out)
+        show_paper(request, out, details=details)
         return
     plan = request.plan()
     say_if_untouched(plan, request)
@@ -265,10 +270,10 @@ def show_report(request: Request, *, paper: Paper = False, out: Out = None) -> N
     if request.as_json:
         print(json.dumps(report.document(), indent=2))
     else:
-        print_report(report, console)
+        print_report(report, console, details=details)
 
 
-def show_paper(request: Request, out: Path | None) -> None:
+def show_paper(request: Request, out: Path | None, *, details: bool) -> None:
     """Show what came out beside the paper's numbers, and write it to a folder."""
     from kdscale.sweep.paper_report import print_beside, write_paper
     from kdscale.sweep.render import print_report
@@ -277,7 +282,7 @@ def show_paper(request: Request, out: Path | None) -> None:
     plan, target = request.plan(), Console(stderr=request.as_json)
     say_if_untouched(plan, request)
     found = build_report(plan, request.sweeps, command=request.command)
-    print_report(found, target)
+    print_report(found, target, details=details)
     every = print_beside(found, plan, target)
     if request.as_json:
         beside = [one.document() for one in every]

@@ -187,7 +187,7 @@ def _telling(as_json: bool) -> Generator[Progress]:
 
 def _table(rows: Sequence[Row], average: float | None, mode: Mode, limit: int | None) -> Table:
     """Arranges the scores, with intervals as in reports."""
-    from kdscale.sweep.benchmark_outcomes import interval_of
+    from kdscale.sweep.benchmark_outcomes import counted, interval_of
 
     limited = limit is not None and any(row.limited for row in rows)
     cut = f", the first {limit:,} questions each" if limited else ""
@@ -204,7 +204,7 @@ def _table(rows: Sequence[Row], average: float | None, mode: Mode, limit: int | 
             row.benchmark,
             f"{found.value:.2f}{mark}",
             f"{interval.low:.2f} – {interval.high:.2f}",
-            f"{found.n:,}",
+            counted(row.benchmark, mode, found),
             "" if row.blind is None else f"{row.blind.value:.2f}",
             f"{found.chance:.2f}",
             f"{found.constant_share:.0%}{'!' if _is_constant(found) else ''}",

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -441,6 +442,18 @@ def test_figures_show_printed_and_measured_points() -> None:
     assert (points(long_figure(empty)), points(long_figure(full))) == (6, 12)
 
 
+def test_the_gap_is_seen_against_zero_where_all_gaps_lie_below() -> None:
+    vlm: dict[str, Any] = {"framework": "tinyllava", "llm": "qwen2_0_5b", "metric": "average"}
+    nothing: dict[str, Any] = {"teacher": None, "loss": None, "data": None, "epochs": None}
+    given = one(**vlm, **nothing, student_or_encoder="clip_b16", value=20.0)
+    (found,) = beside([given, one(**vlm, value=60.0)])
+    panel: Any = gap_figure(found).axes[1]
+    low, high = panel.get_ylim()
+    assert low < -40
+    assert high > 0
+    assert [0.0, 0.0] in [list(line.get_ydata()) for line in panel.get_lines()]
+
+
 def test_departures_from_the_defaults_are_named() -> None:
     distill = Distill(student="vit_t16", teacher="clip_b16")
     assert departures(distill, {"student", "teacher", "loss"}) == ""
@@ -464,7 +477,11 @@ def test_the_command_writes_everything_before_anything_has_run(tmp_path: Path) -
     assert {path.name for path in out.iterdir()} == expected | {"report.html"}
     assert str(out / "claims.csv") in result.output.replace("\n", "")
     page = (out / "report.html").read_text()
-    assert page.count("Beside the paper") == 1
+    headings = re.findall(r"<h2.*?>(.*?)</h2>", page)
+    assert headings[:3] == ["Contents", "Claims of the paper", "Beside the paper"]
+    links, places = re.findall('<a href="#(.*?)"', page), re.findall(r'<h\d id="(.*?)"', page)
+    assert {"claims-of-the-paper", "table2-0", *places} == set(links)
+    assert len(places) == len(set(places))
     assert "Scale mini" in page
     assert not re.search(r"<(script|link|iframe)|@import|\ssrc=", page)
     assert (out / "figure2.svg").read_text().count("xmlns=") >= 1

@@ -215,6 +215,7 @@ def test_what_comes_out_stands_beside_the_scores(
     assert (rows[2].n, rows[2].score) == (12, None)
     (grid,) = cka_grids(rows)
     assert [line[0].text for line in grid.rows] == [*NAMES, "held out"]
+    assert grid.rows[0][1].text == f"{rows[0].n} images"
     assert grid.rows[0][2].text == f"{rows[0].debiased:.3f} ({rows[0].biased:.3f}), 100.0"
     documents = report.document()["cka"]
     assert [d["debiased"] for d in documents] == [row.debiased for row in rows]

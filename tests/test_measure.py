@@ -16,6 +16,7 @@ from kdscale.core.storage import Storage
 from kdscale.core.vlm_config import Vlm
 from kdscale.eval.benchmarks import BENCHMARKS
 from kdscale.sweep.beside import beside
+from kdscale.sweep.beside_grids import counts
 from kdscale.sweep.beside_runs import Measured, place_of, places_of
 from kdscale.sweep.grid import Sweep, choose
 from kdscale.sweep.measure import measured
@@ -149,3 +150,4 @@ def test_cka_with_the_own_teacher_stands_in_table_3(folder: Path, storage: Stora
     cell = table_named(beside([one])[0], "table3").ours[1][1]
     assert cell is not None
     assert (cell.value, cell.interval) == (0.7, None)
+    assert counts(cell) == "31 images × 1"  # beside scores of so many questions

@@ -32,7 +32,8 @@ from kdscale.core.storage import Storage
 from kdscale.core.types import DataError, UnknownName
 from kdscale.sweep.grid import Pivot, choose
 from kdscale.sweep.outcomes import Predictions, compare, score_of
-from kdscale.sweep.render import html_page, print_report, write_html
+from kdscale.sweep.page import html_page, write_html
+from kdscale.sweep.render import print_report
 from kdscale.sweep.report import build_report
 from kdscale.sweep.sheet import sheet_figure
 

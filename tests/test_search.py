@@ -37,9 +37,9 @@ from kdscale.core.storage import StageStore, Storage
 from kdscale.core.types import ConfigError, StageStopped, UnknownField, UnknownName
 from kdscale.stages.loop import World
 from kdscale.sweep.chosen import is_left, split, unended
+from kdscale.sweep.page import html_page
 from kdscale.sweep.plan import Plan, make_plan
 from kdscale.sweep.progress import print_plan
-from kdscale.sweep.render import html_page
 from kdscale.sweep.report import build_report
 from kdscale.sweep.status import stage_state
 from kdscale.sweep.suggest import Suggested

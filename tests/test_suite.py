@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +37,15 @@ from kdscale.sweep.cost import image_tokens
 from kdscale.sweep.grid import Pivot, Sweep
 from kdscale.sweep.grids import benchmark_grid
 from kdscale.sweep.outcomes import Outcome, read_outcome
+from kdscale.sweep.page import html_page
 from kdscale.sweep.plan import Plan, Stage, make_plan
 from kdscale.sweep.prepare import prepare
 from kdscale.sweep.progress import print_plan
 from kdscale.sweep.render import print_report
 from kdscale.sweep.report import build_report
 from kdscale.sweep.schedule import waiting_trials
+from kdscale.sweep.tracked_facts import score_trial, trial_scores
+from kdscale.sweep.tracking import Tracker
 from kdscale.sweep.vlm_outcomes import VlmRow, family_scores, vlm_rows
 
 Rows = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
@@ -211,6 +216,52 @@ def test_a_report_shows_light_dark_and_average(folder: Path, storage: Storage) -
     shown = capture.get()
     assert "clear of blind and chance: 16 of 16" in shown
     assert f"average of the 16, MME-P / 20: {row.average:.2f}, without images 0.00" in shown
+    assert re.search(rf"{row.average:.2f} +0.00 +16 of 16", shown)
+
+
+def test_of_many_trials_a_line_each_is_printed_and_the_rest_is_folded(
+    folder: Path, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdscale.sweep.render.MAX_DETAILED", 0)
+    plan, sweep = plan_of(storage, suite(folder, "gqa"))
+    answer(answers_in(plan)[0], storage)
+    report = build_report(plan, [sweep])
+    shown: dict[bool, str] = {}
+    for details in (False, True):
+        with (console := Console(width=160)).capture() as capture:
+            print_report(report, console, details=details)
+        shown[details] = capture.get()
+    own, hint = f"Benchmarks of {row_of(plan).name}", "1 trials: kdscale report --details"
+    assert (own in shown[False], hint in shown[False]) == (False, True)
+    assert (own in shown[True], hint in shown[True]) == (True, False)
+    page = html_page(report, storage)
+    fold = page[page.index("<details>") : page.index("</details>")]
+    assert own in fold
+    assert page.count(own) == 1
+
+
+def test_mlflow_has_a_vlms_scores_before_the_sweep_ends(
+    folder: Path, storage: Storage, tmp_path: Path
+) -> None:
+    from mlflow import MlflowClient
+
+    plan, sweep = plan_of(storage, suite(folder, "gqa", "mmvp"), suite(folder, "ai2d"))
+    for stage in plan.stages.values():
+        if not isinstance(stage.recipe, Answers):
+            stage.store(storage).finish({"seconds": 1.0})
+        elif stage.recipe.benchmark != "ai2d":
+            answer(stage, storage, "#none#" if stage.recipe.blind else None)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    Tracker(uri, sweep.name, plan, scored=partial(score_trial, plan, sweep)).sync()
+    client = MlflowClient(tracking_uri=uri)
+    found = client.get_experiment_by_name("kdscale/suites")
+    assert found is not None
+    ids, over = [found.experiment_id], "tags.level = 'trial' and attributes.status = 'FINISHED'"
+    (run,) = client.search_runs(ids, over)
+    expected = trial_scores(build_report(plan, [sweep]), sweep.name)
+    assert run.data.metrics == expected[str(run.info.run_name)]
+    assert (run.data.metrics["benchmark/gqa"], run.data.metrics["benchmark_blind/gqa"]) == (100, 0)
+    assert found.tags["mlflow.experiment.primaryMetric.name"] == "vlm_average"
 
 
 def test_what_is_not_finished_is_not_counted(folder: Path, storage: Storage) -> None:
@@ -225,6 +276,8 @@ def test_what_is_not_finished_is_not_counted(folder: Path, storage: Storage) -> 
     assert (row.average, row.state) == (None, "not finished")
     answer(answers_in(plan)[1], storage, "#none#")
     assert benchmark_grid(row_of(plan)).notes == ["clear of blind and chance: 1 of 1"]
+    answer(answers_in(plan)[2], storage)
+    assert [line[5] for line in texts(row_of(plan))] == [f"{N}", f"{N // 2} pairs"]
 
 
 def test_two_modes_share_answers_and_keep_their_rules(folder: Path, storage: Storage) -> None:

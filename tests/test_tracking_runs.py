@@ -8,6 +8,7 @@ import json
 import re
 import zlib
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from kdscale.core.storage import Storage
 from kdscale.sweep.plan import Plan, Stage, make_plan
 from kdscale.sweep.report import build_report
 from kdscale.sweep.report_files import write_files
-from kdscale.sweep.tracked_facts import curve, trial_scores
+from kdscale.sweep.tracked import TrialRun
+from kdscale.sweep.tracked_facts import curve, score_trial, trial_scores
 from kdscale.sweep.tracking import PARENT_TAG, Tracker, address
 
 STEPS_PER_EPOCH = 64  # of the miniature CC12M
@@ -247,6 +249,7 @@ def test_views_name_columns_that_trials_have(tracked: Tracked) -> None:
     tracker = Tracker(tracked.uri, "losses", tracked.plan, "kdscale run losses.py")
     assert tracker.page in tags["mlflow.note.content"]
     assert address("http://me:secret@host:80/", tracker.page).startswith("http://***@host:80/#/exp")
+    assert tags["mlflow.experiment.primaryMetric.name"] == "zero_shot_top1"
     trials = tracked.runs("tags.level = 'trial'")
     have = {f"params.`{name}`" for run in trials for name in run.data.params}
     have |= {f"metrics.`{name}`" for run in trials for name in run.data.metrics}
@@ -256,6 +259,8 @@ def test_views_name_columns_that_trials_have(tracked: Tracked) -> None:
         packed = envelope["state"].removeprefix("deflate;")
         state = json.loads(zlib.decompress(base64.b64decode(packed)))
         assert envelope["name"].startswith("Trials")
+        columns = [name.partition(".")[2].strip("`") for name in state["selectedColumns"]]
+        assert columns == ["zero_shot_top1", "minus_control", "cka_debiased", "teacher", "loss"]
         assert set(state["selectedColumns"]) <= have
 
 
@@ -281,3 +286,43 @@ def test_a_trial_ends_as_its_stages_do_and_opens_again(tmp_path: Path) -> None:
     assert {run.info.status for run in world.runs("tags.level != 'sweep'")} == {"FINISHED"}
     assert world.history(trial.info.run_name, "zero_shot_top1") == [(1, 5.0), (2, 10.0)]
     assert waiting.name not in world.names("")
+
+
+def test_scores_come_with_a_trial_and_differences_with_its_control(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan([SWEEP], Storage(str(tmp_path / "store")), MINI, {})
+    world = Tracked(plan, f"sqlite:///{tmp_path}/mlflow.db")
+    name = "vit_t16 from clip_l14 kl"
+
+    def track() -> Tracker:
+        scored = partial(score_trial, plan, SWEEP)
+        tracker = Tracker(world.uri, "losses", plan, scored=scored)
+        tracker.sync()
+        return tracker
+
+    def done(stage: Stage) -> None:
+        evaluated(stage, plan.storage, range(1, 129), TOP1.get(stage.name, 30))
+        finish(stage, plan.storage, TOP1.get(stage.name, 30))
+
+    stages = {stage.name: stage for stage in plan.stages.values()}
+    done(stages["mini CLIP L/14"])
+    done(stages[name])
+    with monkeypatch.context() as patch:
+        patch.setattr(TrialRun, "end", _killed)  # between its scores and its end
+        with pytest.raises(RuntimeError):
+            track()
+    tracker = track()
+    (run,) = world.runs("tags.level = 'trial'")
+    assert (run.info.run_name, run.info.status) == (name, "FINISHED")
+    assert world.history(name, "seconds") == [(0, 40.0)]
+    assert "minus_control" not in run.data.metrics
+    done(stages["vit_t16 alone clip"])
+    tracker.close({}, trial_scores(build_report(plan, [SWEEP]), "losses"))
+    assert world.history(name, "minus_control") == [(0, pytest.approx(-5.0))]
+    assert world.history(name, "seconds") == [(0, 40.0)]
+
+
+def _killed(*_: Any) -> None:
+    """Stands for a driver's death."""
+    raise RuntimeError

@@ -192,6 +192,13 @@ _BENCHMARKS: dict[str, _Benchmark] = {
     "cvbench_3d": _letters(letters.paper_cvbench_3d, 2),
 }
 BENCHMARKS = tuple(_BENCHMARKS)
+_TOGETHER: dict[totals.Total, str] = {
+    totals.paper_pairs: "pairs",
+    totals.whole_pairs: "pairs",
+    totals.whole_rotations: "questions",
+    totals.paper_mme: "images",
+    totals.whole_mme: "images",
+}
 
 
 def score(benchmark: str, items: Iterable[Mapping[str, Any]], mode: Mode = "paper") -> Score:
@@ -300,6 +307,17 @@ def _judged(
     if not any(how.counts(item) for item in given):
         raise NothingToScore(f"{benchmark}: none of the {len(given)} items counts in mode {mode!r}")
     return how, given
+
+
+def scored_together(benchmark: str, mode: Mode = "paper") -> str:
+    """Names what a benchmark's score counts where items are scored together, as MMVP's `pairs`.
+
+    `Score.num_groups` is how many. Empty where each item counts for itself.
+    """
+    found = _BENCHMARKS.get(benchmark)
+    if found is None:
+        return ""
+    return _TOGETHER.get((found.paper if mode == "paper" else found.corrected).total, "")
 
 
 def check_items(benchmark: str, items: Iterable[Mapping[str, Any]]) -> None:

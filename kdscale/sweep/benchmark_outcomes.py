@@ -17,7 +17,7 @@ from kdscale.core.types import DataError
 from kdscale.eval import Score, average, difference, score
 from kdscale.eval.answers import load_items
 from kdscale.eval.benchmarks import BENCHMARKS
-from kdscale.eval.scores import MME_MAXIMUM
+from kdscale.eval.scores import MME_MAXIMUM, scored_together
 from kdscale.sweep.outcomes import Outcome
 
 
@@ -34,7 +34,7 @@ class BenchmarkRow:
     """
 
     benchmark: str
-    mode: str
+    mode: Mode
     score: Score | None
     blind: Score | None
     limited: bool
@@ -80,6 +80,12 @@ def interval_of(benchmark: str, found: Score) -> Interval:
     right = round(found.num_groups * found.value / maximum)
     wide = wilson_interval(right, found.num_groups)
     return Interval(min(found.value, maximum * wide.low), max(found.value, maximum * wide.high))
+
+
+def counted(benchmark: str, mode: Mode, found: Score) -> str:
+    """Returns what a score and its interval are over, in words: `96 pairs`, `1,200`."""
+    what = scored_together(benchmark, mode)
+    return f"{found.num_groups:,} {what}" if what else f"{found.n:,}"
 
 
 def minus_blind(

@@ -50,6 +50,7 @@ class OurCell:
         seeds: Runs behind it.
         interval: 95 %; over questions, and from two seeds on over seeds as well.
         flags: `at chance`, `below chance`, `one answer`, `first questions`.
+        counted: As of `Measured`.
     """
 
     value: float
@@ -57,6 +58,7 @@ class OurCell:
     seeds: int
     interval: Interval | None
     flags: tuple[str, ...]
+    counted: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,6 +261,7 @@ def _cell(
         seeds=found.seeds,
         interval=interval,
         flags=_flags(of_place, interval) if is_single else (),
+        counted=of_place[0].counted,
     )
 
 

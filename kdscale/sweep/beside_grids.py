@@ -107,7 +107,7 @@ def ours(own: OurCell, digits: int) -> str:
 def counts(own: OurCell) -> str:
     """Writes n, seeds and flags."""
     flags = "".join(f" {SIGNS[flag]}" for flag in own.flags)
-    return f"{own.n:,} × {own.seeds}{flags}"
+    return f"{own.counted or f'{own.n:,}'} × {own.seeds}{flags}"
 
 
 def claim_grid(found: Beside) -> Grid:

@@ -42,6 +42,7 @@ class Measured:
         weights_of: The student whose weights a file gave (`Pretrained`).
         limited: Only the first questions were asked.
         influence: By question, where the answers are at hand.
+        counted: `n` in words, where the value is over something else than questions: `96 pairs`.
     """
 
     framework: str | None
@@ -64,6 +65,7 @@ class Measured:
     weights_of: str | None = None
     limited: bool = False
     influence: Influence | None = field(default=None, repr=False, compare=False)
+    counted: str = ""
 
     @property
     def estimate(self) -> Estimate:

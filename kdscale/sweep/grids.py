@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kdscale.analysis.stats import Interval
-from kdscale.sweep.benchmark_outcomes import BenchmarkRow, interval_of
+from kdscale.sweep.benchmark_outcomes import BenchmarkRow, counted, interval_of
 from kdscale.sweep.cka_outcomes import CkaRow
 from kdscale.sweep.outcomes import DONE, NOT_FINISHED, Row, TeacherRow, TrialRow
 from kdscale.sweep.report import Cell, Table
@@ -90,6 +90,34 @@ def teacher_grid(rows: Sequence[TeacherRow]) -> Grid:
     )
 
 
+def vlms_grid(rows: Sequence[VlmRow]) -> Grid:
+    """Returns a line for each VLM: what its benchmarks and its miniature questions come to."""
+    columns = ("VLM", "average", "without image", "clear of blind and chance", "questions right %")
+    return Grid(
+        title="VLMs",
+        columns=(*columns, "time"),
+        rows=[[Words(row.name), *_vlm(row), Words(_duration(row.seconds))] for row in rows],
+        notes=[],
+    )
+
+
+def _vlm(row: VlmRow) -> list[Words]:
+    """Returns the cells for what a VLM comes to, or for the stage that it has come to."""
+    compared = [found.sees for found in row.benchmarks if found.is_compared]
+    asked = row.scores[0] if row.scores else None  # all questions come first
+    seeing, blind = (
+        Words(NONE if a is None else f"{a:.2f}") for a in (row.average, row.blind_average)
+    )
+    if row.state != DONE and row.average is None:
+        seeing = Words(f"{row.state}: {row.stage}", "muted")
+    return [
+        seeing,
+        blind,
+        Words(f"{sum(compared)} of {len(compared)}" if compared else NONE),
+        Words(f"{asked.accuracy:.1f} {_interval(asked.interval)}" if asked else NONE),
+    ]
+
+
 def vlm_grid(row: VlmRow) -> Grid:
     """Returns the table of one VLM's answers."""
     columns = ("questions", "right %", "without image %", "chance %", "n", "images")
@@ -153,7 +181,7 @@ def _benchmark(found: BenchmarkRow) -> list[Words]:
         Words(dark),
         _minus_blind(found),
         Words(f"{seen.chance:.1f}"),
-        Words(f"{seen.n:,}"),
+        Words(counted(found.benchmark, found.mode, seen)),
         Words(constant),
         Words(f"{100 * seen.unparsed_share:.0f}"),
     ]
@@ -176,7 +204,7 @@ def _cka_grid(rows: Sequence[CkaRow], pairs: Sequence[tuple[str, str, str]], tap
     lines: list[list[Words]] = []
     for images in dict.fromkeys(row.images for row in rows):
         shown = [cells.get((images, pair)) for pair in pairs]
-        sizes = dict.fromkeys(f"{row.n:,}" for row in shown if row is not None and row.n)
+        sizes = dict.fromkeys(f"{row.n:,} images" for row in shown if row is not None and row.n)
         size = Words(" or ".join(sizes) or NONE)
         lines.append([Words(images), size, *map(_comparison, shown)])
     notes = [f"{row.trial}, {row.images}: {row.note}" for row in rows if row.note]

@@ -18,7 +18,7 @@ from kdscale.core.trained import student_key
 from kdscale.core.vlm_config import SuiteSpec, Vlm
 from kdscale.eval.benchmarks import BENCHMARKS
 from kdscale.eval.scores import influences
-from kdscale.sweep.benchmark_outcomes import BenchmarkRow, interval_of
+from kdscale.sweep.benchmark_outcomes import BenchmarkRow, counted, interval_of
 from kdscale.sweep.beside_runs import Measured, Z
 from kdscale.sweep.naming import label
 from kdscale.sweep.outcomes import Outcome
@@ -154,7 +154,7 @@ def _of_student(recipe: Distill, outcome: Outcome | None) -> Iterator[Measured]:
     )
     cka = outcome.metrics.get("cka_debiased", math.nan)
     if math.isfinite(cka):
-        yield replace(own, metric=CKA + benchmark, value=cka)
+        yield replace(own, metric=CKA + benchmark, value=cka, counted=f"{score.n:,} images")
 
 
 def _of_comparisons(trial: PlannedTrial, recipe: Distill, report: Report) -> Iterator[Measured]:
@@ -165,7 +165,7 @@ def _of_comparisons(trial: PlannedTrial, recipe: Distill, report: Report) -> Ite
         mine = (row.trial_key, row.tap) == (trial.key, TAP) and row.images in BENCHMARKS
         if mine and row.debiased is not None and math.isfinite(row.debiased):
             own = replace(student_names(recipe), metric=CKA + row.images, n=row.n or 0)
-            yield replace(own, value=row.debiased)
+            yield replace(own, value=row.debiased, counted=f"{own.n:,} images")
 
 
 def _of_vlm(
@@ -187,6 +187,7 @@ def _of_vlm(
             constant=found.score.constant_share > CONSTANT,
             limited=found.limited,
             influence=_influence(found, outcomes),
+            counted=counted(found.benchmark, found.mode, found.score),
         )
     yield from parts.values()
     if row.average is not None:
@@ -216,8 +217,7 @@ def _influence(found: BenchmarkRow, outcomes: list[Outcome]) -> Influence | None
     for outcome in outcomes:
         asked = outcome.stage.recipe
         if isinstance(asked, Answers) and asked.benchmark == found.benchmark and not asked.blind:
-            mode = "paper" if found.mode == "paper" else "corrected"
-            moved = influences(found.benchmark, outcome.items or [], mode)
+            moved = influences(found.benchmark, outcome.items or [], found.mode)
             keys = tuple((found.benchmark, *key) for key in moved)
             return Influence(keys, np.array([*moved.values()]))
     return None

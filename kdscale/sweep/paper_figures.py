@@ -52,7 +52,10 @@ def gap_figure(found: Beside) -> Figure:
                 _point(axes, place, row.cells[column].printed, owns[column], colour)
     left.set_ylabel("multimodal average, %", color=INK, fontsize=9)
     right.set_ylabel("gap between teacher and student, points", color=INK, fontsize=9)
-    right.set_ylim(bottom=min(0.0, right.get_ylim()[0]))
+    low, high = min(0.0, right.get_ylim()[0]), max(0.0, right.get_ylim()[1])
+    room = 0.04 * (high - low)  # so that zero is seen where all gaps lie on one side
+    right.set_ylim(low - room, high + room)
+    right.axhline(0.0, color=INK, linewidth=1.2, zorder=1)
     shown = [("teacher", TEACHER), ("student", STUDENT), ("gap", INK)]
     put_legend(figure, [*(legend_entry(n, c, "none", "o") for n, c in shown), *_sides(table)])
     return figure

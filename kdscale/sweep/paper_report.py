@@ -22,9 +22,10 @@ from kdscale.sweep.beside_grids import (
 )
 from kdscale.sweep.figures import to_png, to_svg
 from kdscale.sweep.measure import measured
+from kdscale.sweep.page import Section, fold, html_grid, write_html
 from kdscale.sweep.paper_figures import gap_figure, long_figure, svg_file
 from kdscale.sweep.plan import Plan
-from kdscale.sweep.render import html_grid, print_grid, write_html
+from kdscale.sweep.render import print_grid
 from kdscale.sweep.report import Report
 
 PAPER_SCALE = "paper"
@@ -94,8 +95,9 @@ def write_paper(report: Report, plan: Plan, every: Sequence[Beside], out: str | 
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / "report.html"
-    sections = "".join(_section(report, found, index) for index, found in enumerate(every))
-    write_html(report, plan, page, sections)
+    claims = [_claims(report, found) for found in every]
+    tables = [_tables(found, index) for index, found in enumerate(every)]
+    write_html(report, plan, page, [*claims, *tables])
     written = [page]
     for index, found in enumerate(every):
         own = folder / f"variant{index}" if index else folder
@@ -119,23 +121,33 @@ def _files(found: Beside) -> dict[str, bytes]:
     return files
 
 
-def _section(report: Report, found: Beside, index: int) -> str:
-    """Returns a comparison's part of the page."""
+def _claims(report: Report, found: Beside) -> Section:
+    """Returns the page's part on a comparison's claims."""
     lines = "".join(f"<li>{escape(line)}</li>" for line in remarks(report, found))
+    details = "".join(
+        fold(own.claim.text, html_grid(comparison_grid(printed, own)))
+        for printed, own in zip(found.paper, found.ours, strict=True)
+    )
+    grid = claim_grid(found)
+    return Section(
+        title=grid.title + (f": {found.variant}" if found.variant else ""),
+        body=f'<ul class="warnings">{lines}</ul>{html_grid(grid, titled=False)}'
+        f"<h3>Comparisons behind each claim</h3>{details}",
+    )
+
+
+def _tables(found: Beside, index: int) -> Section:
+    """Returns the page's part with a comparison's figures and tables."""
     figures = "".join(
         f'<figure><div class="wide" role="img" aria-label="{name}">'
         f"{to_svg(draw(found), f'{name}-{index}')}</div></figure>"
         for name, draw in FIGURES
     )
-    details = "".join(
-        f"<details><summary>{escape(own.claim.text)}</summary>"
-        f"{html_grid(comparison_grid(printed, own))}</details>"
-        for printed, own in zip(found.paper, found.ours, strict=True)
-    )
-    tables = "".join(html_grid(beside_grid(table, whole=True)) for table in found.tables)
+    grids = {f"{t.paper.name}-{index}": beside_grid(t, whole=True) for t in found.tables}
+    tables = "".join(html_grid(grid, anchor=anchor) for anchor, grid in grids.items())
     how = "".join(f"<li>{escape(line)}</li>" for line in HOW_TO_READ)
-    return (
-        f'<section><h2>{escape(heading(found))}</h2><ul class="warnings">{lines}</ul>'
-        f"{html_grid(claim_grid(found))}<h3>Comparisons behind each claim</h3>{details}"
-        f'<h3>Figures 2 and 3</h3>{figures}{tables}<ul class="muted">{how}</ul></section>'
+    return Section(
+        title=heading(found),
+        body=f'<h3>Figures 2 and 3</h3>{figures}{tables}<ul class="muted">{how}</ul>',
+        parts=tuple((anchor, grid.title) for anchor, grid in grids.items()),
     )

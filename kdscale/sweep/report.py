@@ -214,7 +214,7 @@ def build_report(plan: Plan, sweeps: Sequence[Sweep], *, command: str | None = N
     trials: list[TrialRow] = []
     tables: list[Table] = []
     for sweep in sweeps:
-        _check_fields(sweep)
+        check_fields(sweep)
         planned = [trial for trial in distilled if trial.sweep == sweep.name]
         rows = [_trial_row(trial, planned, sweep, outcomes) for trial in planned]
         tables.append(_table(sweep, rows, outcomes))
@@ -237,8 +237,8 @@ def build_report(plan: Plan, sweeps: Sequence[Sweep], *, command: str | None = N
     )
 
 
-def _check_fields(sweep: Sweep) -> None:
-    """Refuses a table or a baseline by fields that no recipe has."""
+def check_fields(sweep: Sweep) -> None:
+    """Raises UnknownName for a table or a baseline by fields that no recipe has."""
     for name in (sweep.table.rows, sweep.table.columns, *(sweep.baseline or {})):
         if name not in Distill.model_fields:
             raise unknown_name("recipe field", name, Distill.model_fields)

@@ -8,8 +8,8 @@ from typing import Any
 
 from kdscale.sweep.figures import scores_figure
 from kdscale.sweep.outcomes import TrialRow
+from kdscale.sweep.page import write_html
 from kdscale.sweep.plan import Plan
-from kdscale.sweep.render import write_html
 from kdscale.sweep.report import Report
 from kdscale.sweep.tracked_facts import trial_scores
 from kdscale.sweep.vlm_outcomes import VlmRow

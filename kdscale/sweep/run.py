@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,9 +20,9 @@ from kdscale.sweep.mirror import Mirror
 from kdscale.sweep.plan import Plan
 from kdscale.sweep.progress import Follower, Progress, print_plan
 from kdscale.sweep.render import print_report
-from kdscale.sweep.report import build_report
+from kdscale.sweep.report import build_report, check_fields
 from kdscale.sweep.report_files import write_files
-from kdscale.sweep.tracked_facts import trial_scores
+from kdscale.sweep.tracked_facts import score_trial, trial_scores
 from kdscale.sweep.tracking import Tracker, address, default_tracking_uri, viewing
 from kdscale.sweep.tree import rounded
 
@@ -52,6 +53,7 @@ def execute(
 
     Raises:
         NoShards: If input data are not at hand.
+        UnknownName: If a sweep's table or baseline names a field that recipes do not have.
         OverBudget: If what is left would take more than the limits allow, or nobody knows.
         StageFailed: After everything else has finished, naming the trials that failed.
         LimitReached: After all stages have stopped.
@@ -61,6 +63,8 @@ def execute(
     from kdscale.sweep.schedule import raise_failures
 
     check_inputs(plan)
+    for sweep in sweeps:
+        check_fields(sweep)
     uri = tracking_uri or default_tracking_uri(plan.storage)
     progress = Progress(console)
     print_plan(plan, console)
@@ -73,7 +77,10 @@ def execute(
     prepare(plan, progress.say)
 
     def connect() -> list[Tracker]:
-        return [Tracker(uri, s.name, plan, command, s.question) for s in sweeps]
+        return [
+            Tracker(uri, s.name, plan, command, s.question, partial(score_trial, plan, s))
+            for s in sweeps
+        ]
 
     interrupt = Interrupt(plan, progress.say)
     with Follower(plan, progress), Mirror(connect) as mirror, budget, interrupt:

@@ -16,9 +16,10 @@ from kdscale.core.storage import Storage
 from kdscale.core.types import UnfinishedStage, unknown_name
 from kdscale.sweep.grid import Sweep
 from kdscale.sweep.outcomes import TrialRow
+from kdscale.sweep.page import PLOTS, SHEET
 from kdscale.sweep.plan import Plan, make_plan
 from kdscale.sweep.progress import print_plan
-from kdscale.sweep.render import PLOTS, SHEET, print_report
+from kdscale.sweep.render import print_report
 from kdscale.sweep.report import Report, build_report
 from kdscale.sweep.run import execute
 from kdscale.sweep.sheet import sheet_figure
@@ -88,9 +89,9 @@ class Study:
         """Reads what the finished stages say."""
         return build_report(self.plan(), [self.sweep], command=RUN)
 
-    def show(self, console: Console | None = None) -> None:
-        """Prints the report."""
-        print_report(self.report(), console or _console())
+    def show(self, console: Console | None = None, *, details: bool = False) -> None:
+        """Prints the report; with `details` the tables of each of many trials, too."""
+        print_report(self.report(), console or _console(), details=details)
 
     def rows(self) -> list[dict[str, Any]]:
         """Returns one flat row a trial, as a data frame takes it; what is not finished is None."""

@@ -198,14 +198,19 @@ class TrialRun:
             self._known[name] = {metric.step for metric in history}
         return self._known[name]
 
-    def score(self, values: Mapping[str, float]) -> None:
-        """Sends the values that are new or have changed: a control may have come later."""
+    def score(self, values: Mapping[str, float], at_ms: int | None) -> None:
+        """Sends the values that are new or have changed: a control may have come later.
+
+        Args:
+            values: {metric: value}.
+            at_ms: When the trial ended, None for its start; a value that has changed comes now.
+        """
         from mlflow.entities import Metric
 
         if not values:
             return
         run = self._client.get_run(self.run_id)
-        first, now = run.info.end_time or run.info.start_time, int(1000 * time.time())
+        first, now = at_ms or run.info.start_time, int(1000 * time.time())
         known = run.data.metrics
         new = {name: value for name, value in values.items() if known.get(name) != value}
         if new:

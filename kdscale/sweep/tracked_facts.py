@@ -10,16 +10,18 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kdscale.core.config import STAGE_WEIGHTS, DataSpec, Distill, Recipe
 from kdscale.core.journal import Line
 from kdscale.core.trained import epoch_suffix, student_key, trained_by
 from kdscale.core.vlm_config import Pretrain, Vlm
+from kdscale.sweep.controls import controls_of, is_baseline
+from kdscale.sweep.grid import Sweep
 from kdscale.sweep.naming import label
 from kdscale.sweep.plan import Plan, PlannedTrial, Stage
-from kdscale.sweep.report import Report
+from kdscale.sweep.report import Report, build_report
 
 TRIAL_TAGS = ("recipe", "llm", "vision", "student", "teacher", "loss", "epochs", "data", "seed")
 STAGE_TAGS = ("student", "teacher", "loss", "vision", "llm", "template", "a", "b", "tap", "images")
@@ -190,6 +192,21 @@ def trial_scores(report: Report, sweep: str) -> dict[str, dict[str, float]]:
         name: {k: float(v) for k, v in values.items() if v is not None and _is_told(v)}
         for name, values in found.items()
     }
+
+
+def score_trial(plan: Plan, sweep: Sweep, planned: PlannedTrial) -> dict[str, float]:
+    """Returns what `trial_scores` of the whole report will say of a trial that is finished.
+
+    Only its own stages and its controls' are read. Of controls that are not finished yet the report
+    says nothing, so the difference to them comes later.
+    """
+    others: list[PlannedTrial] = []
+    if isinstance(planned.trial.recipe, Distill) and not is_baseline(planned, sweep):
+        own = [trial for trial in plan.trials if trial.sweep == sweep.name]
+        students = [trial for trial in own if isinstance(trial.trial.recipe, Distill)]
+        others = controls_of(planned, students, sweep)
+    alone = replace(plan, trials=[planned, *others])
+    return trial_scores(build_report(alone, [sweep]), sweep.name).get(planned.trial.name, {})
 
 
 def _is_told(value: float | None) -> bool:

@@ -12,9 +12,9 @@ import json
 import zlib
 from collections.abc import Mapping, Sequence
 
-from kdscale.core.config import Distill
 from kdscale.core.vlm_config import Vlm
-from kdscale.sweep.plan import PlannedTrial
+from kdscale.sweep.plan import Plan, PlannedTrial
+from kdscale.sweep.tracked_facts import trial_params
 
 VIEW_TAG, VIEW_KEY = "mlflow.sharedViewState.", "viewStateShareKey"
 NOTE_TAG = "mlflow.note.content"
@@ -22,7 +22,8 @@ TRIALS_VIEW, TREE_VIEW = "kdscale-trials", "kdscale-tree"
 OF_DISTILLATION = ("student", "teacher", "loss", "epochs")
 OF_VLM = ("recipe", "llm")
 MEASURED_DISTILLATION = ("zero_shot_top1", "minus_control", "cka_debiased")
-MEASURED_VLM = ("vlm_average", "vlm_average_blind", "vlm_accuracy", "vlm_accuracy_blind")
+AVERAGES = ("vlm_average", "vlm_average_blind")  # of a VLM's benchmarks
+ACCURACIES = ("vlm_accuracy", "vlm_accuracy_blind")  # of its miniature questions
 WIDTHS = {"metrics": 130, "params": 100}
 NAME_COLUMN, NAME_WIDTH = "attributes.`Run Name`", 330
 MAX_ABOUT = 3000  # of 5000 characters that a tag may have
@@ -34,22 +35,24 @@ def runs_page(experiment: str, view: str = TRIALS_VIEW) -> str:
 
 
 def experiment_tags(
-    experiment: str, trials: Sequence[PlannedTrial], about: str, created_ms: int
+    experiment: str, trials: Sequence[PlannedTrial], plan: Plan, about: str, created_ms: int
 ) -> dict[str, str]:
     """Returns the tags that make an experiment's pages useful.
 
     Args:
         experiment: Its id.
         trials: What it holds.
+        plan: The trials'.
         about: What it asks, and what runs it again.
         created_ms: When it was created: a view's time, so that its tag never changes by itself.
     """
-    columns = trial_columns(trials)
-    order = next((name for name in columns if name.startswith("metrics.")), None)
-    flat = {"searchFilter": "tags.level = 'trial'", "orderByKey": order, "orderByAsc": False}
+    metrics = _metrics(trials)
+    columns = [f"metrics.`{name}`" for name in metrics]
+    columns += [f"params.`{name}`" for name in _params(trials, plan)]
+    flat = {"searchFilter": "tags.level = 'trial'", "orderByKey": columns[0], "orderByAsc": False}
     return {
         "mlflow.experimentKind": "custom_model_development",
-        "mlflow.experiment.primaryMetric.name": "zero_shot_top1",
+        "mlflow.experiment.primaryMetric.name": metrics[0],
         "mlflow.experiment.primaryMetric.greaterIsBetter": "True",
         VIEW_TAG + TRIALS_VIEW: _view("Trials", columns, flat, created_ms),
         VIEW_TAG + TREE_VIEW: _view("Trials with their stages", columns, {}, created_ms),
@@ -57,16 +60,30 @@ def experiment_tags(
     }
 
 
-def trial_columns(trials: Sequence[PlannedTrial]) -> list[str]:
-    """Returns what is worth a column: what trials are, what else they differ in, what came out."""
-    kinds = {type(trial.trial.recipe) for trial in trials}
-    params = [*(OF_VLM if Vlm in kinds else ()), *OF_DISTILLATION]
-    params += [name for trial in trials for name in trial.trial.chosen if name != "vision"]
-    metrics = [*MEASURED_DISTILLATION, *(MEASURED_VLM if Vlm in kinds else ())]
-    if Distill not in kinds:
-        metrics = [*MEASURED_VLM, *MEASURED_DISTILLATION[:1]]
-    columns = [f"params.`{name}`" for name in dict.fromkeys(params)]
-    return [*columns, *(f"metrics.`{name}`" for name in metrics)]
+def _metrics(trials: Sequence[PlannedTrial]) -> list[str]:
+    """Returns what came out, first what a sweep's trials are told apart by.
+
+    VLMs of one student share its accuracy; of VLMs without benchmarks only the answers to miniature
+    questions tell.
+    """
+    vlms = [trial.trial.recipe for trial in trials if isinstance(trial.trial.recipe, Vlm)]
+    students = MEASURED_DISTILLATION if len(vlms) < len(trials) else MEASURED_DISTILLATION[:1]
+    own = [
+        *(AVERAGES if any(vlm.suite is not None for vlm in vlms) else ()),
+        *(ACCURACIES if any(vlm.questions is not None for vlm in vlms) else ()),
+    ]
+    return [*own, *students]
+
+
+def _params(trials: Sequence[PlannedTrial], plan: Plan) -> list[str]:
+    """Returns what trials differ in; what all of them share is in no column."""
+    values: dict[str, set[str]] = {}
+    for trial in trials:
+        for name, value in trial_params(trial, plan).items():
+            values.setdefault(name, set()).add(value)
+    chosen = [name for trial in trials for name in trial.trial.chosen if name != "vision"]
+    names = dict.fromkeys([*OF_VLM, *OF_DISTILLATION, *chosen])
+    return [name for name in names if len(values.get(name, ())) > 1]
 
 
 def _view(name: str, columns: Sequence[str], search: Mapping[str, object], created_ms: int) -> str:

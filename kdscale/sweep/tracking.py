@@ -17,7 +17,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,14 +119,21 @@ class Tracker:
         plan: What is run; only stages of this sweep's trials are tracked.
         command: What runs the sweep, for people.
         question: What the sweep asks, for people.
+        scored: Gives {metric: value} of a trial that is finished; None leaves scores to `close`.
     """
 
     def __init__(
-        self, uri: str, sweep: str, plan: Plan, command: str = "kdscale run", question: str = ""
+        self,
+        uri: str,
+        sweep: str,
+        plan: Plan,
+        command: str = "kdscale run",
+        question: str = "",
+        scored: Callable[[PlannedTrial], Mapping[str, float]] | None = None,
     ) -> None:
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         self._client = _connect(uri)
-        self.sweep, self._plan = sweep, plan
+        self.sweep, self._plan, self._scored = sweep, plan, scored
         self._experiment = self._find_experiment(uri, f"{question.strip()}\n\n    {command}")
         self._known = self._runs()
         own = self._find_or_create((SWEEP_TAG, sweep), sweep, {"level": "sweep"}, None)
@@ -175,7 +182,7 @@ class Tracker:
 
         Args:
             files: {artifact name: local path} for the sweep's own run.
-            scores: {trial's name: {metric: value}}.
+            scores: {trial's name: {metric: value}}; what runs have already is not sent again.
         """
         self.sync()
         for run in self._stages.values():
@@ -186,7 +193,7 @@ class Tracker:
             if run is not None:
                 if run.status is None:
                     self._end_trial(trial, run)
-                run.score((scores or {}).get(trial.trial.name, {}))
+                run.score((scores or {}).get(trial.trial.name, {}), self._ended_ms(trial))
         for path in (files or {}).values():
             self._client.log_artifact(self._parent, path, "report")
         status = FINISHED if all(map(self._has_ended, self._own_stages())) else FAILED
@@ -229,7 +236,7 @@ class Tracker:
             found = self._client.get_experiment_by_name(name)
         assert found is not None
         tags = experiment_tags(
-            found.experiment_id, self._own_trials(), about, found.creation_time or 0
+            found.experiment_id, self._own_trials(), self._plan, about, found.creation_time or 0
         )
         for tag, value in tags.items():
             is_theirs = tag == NOTE_TAG and tag in found.tags  # a description may be edited
@@ -346,13 +353,19 @@ class Tracker:
             self._end_trial(trial, run)
 
     def _end_trial(self, trial: PlannedTrial, run: TrialRun) -> None:
-        """Ends a trial as its stages have ended."""
+        """Ends a trial as its stages have ended; one that has ended has its scores."""
         stages = [self._stages.get(key) for key in trial.path]
         ends = {stage.status if stage else None for stage in stages}
         status = FINISHED if ends == {FINISHED} else STOPPED if STOPPED in ends else FAILED
         notes = [f"{s.stage.kind}: {s.note}" for s in stages if s is not None and s.note]
-        outcome = self._plan.stages[trial.key].store(self._plan.storage)
-        run.end(status, "; ".join(notes), ended_ms(outcome), trial_document(trial, self._plan))
+        at_ms = self._ended_ms(trial)
+        if status == FINISHED and self._scored is not None:
+            run.score(self._scored(trial), at_ms)
+        run.end(status, "; ".join(notes), at_ms, trial_document(trial, self._plan))
+
+    def _ended_ms(self, trial: PlannedTrial) -> int | None:
+        """Returns when the last line of a trial's outcome was written."""
+        return ended_ms(self._plan.stages[trial.key].store(self._plan.storage))
 
 
 def _created(run: Any) -> tuple[int, str]:
