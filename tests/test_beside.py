@@ -37,7 +37,7 @@ from kdscale.sweep.measure import departures, measured
 from kdscale.sweep.paper_figures import gap_figure, long_figure, table_named
 from kdscale.sweep.paper_notes import NOTES, Marks
 from kdscale.sweep.paper_numbers import paper_numbers
-from kdscale.sweep.paper_report import write_paper
+from kdscale.sweep.paper_report import DEFAULTS, write_paper
 from kdscale.sweep.paper_tables import PaperTable, paper_tables
 from kdscale.sweep.places import (
     PAPER_NAMES,
@@ -248,9 +248,9 @@ def test_other_ways_of_training_stand_apart() -> None:
         one(loss="clip", teacher=None),
     ]
     first, second = beside(runs)
-    assert (first.variant, second.variant) == ("scored by corrected rules", "mode=paper")
-    assert [found.tables[3].num_run for found in (first, second)] == [2, 1]
-    assert (first.elsewhere, second.elsewhere) == (2, 0)
+    assert (first.variant, second.variant) == ("mode=paper", "scored by corrected rules")
+    assert [found.tables[3].num_run for found in (first, second)] == [1, 2]
+    assert (first.elsewhere, second.elsewhere) == (0, 2)
 
 
 def test_verdicts_on_the_printed_numbers() -> None:
@@ -478,9 +478,13 @@ def test_the_command_writes_everything_before_anything_has_run(tmp_path: Path) -
     assert str(out / "claims.csv") in result.output.replace("\n", "")
     page = (out / "report.html").read_text()
     headings = re.findall(r"<h2.*?>(.*?)</h2>", page)
-    assert headings[:3] == ["Contents", "Claims of the paper", "Beside the paper"]
+    assert headings[:3] == [
+        "Contents",
+        f"Claims of the paper: {DEFAULTS}",
+        f"Beside the paper: {DEFAULTS}",
+    ]
     links, places = re.findall('<a href="#(.*?)"', page), re.findall(r'<h\d id="(.*?)"', page)
-    assert {"claims-of-the-paper", "table2-0", *places} == set(links)
+    assert {"claims-of-the-paper-defaults-of-recipes", "table2-0", *places} == set(links)
     assert len(places) == len(set(places))
     assert "Scale mini" in page
     assert not re.search(r"<(script|link|iframe)|@import|\ssrc=", page)

@@ -41,6 +41,9 @@ LABELS_FIT = {
 }
 
 
+PROTOCOL = ("mode=paper", "")  # how the paper trained and asked
+
+
 @dataclass(frozen=True, kw_only=True)
 class OurCell:
     """Our number for a cell.
@@ -165,7 +168,7 @@ def beside(measured: Sequence[Measured]) -> tuple[Beside, ...]:
 
 
 def _variants(measured: Sequence[Measured]) -> dict[tuple[str, str], list[Measured]]:
-    """Groups results by how they were trained; defaults come first."""
+    """Groups results by how they were trained: the paper's protocol first, then the defaults."""
     taught = [m for m in measured if m.loss is not None]  # given encoders stand with all of them
     names = dict.fromkeys((m.variant, m.vlm_variant) for m in taught if m.framework is not None)
     taken = {variant for variant, _ in names}
@@ -174,7 +177,7 @@ def _variants(measured: Sequence[Measured]) -> dict[tuple[str, str], list[Measur
             names.setdefault((m.variant, ""))
     own = {vlm_variant for _, vlm_variant in names}
     names |= {("", m.vlm_variant): None for m in measured if m.vlm_variant not in own}
-    ordered = sorted(names, key=lambda name: name != ("", "")) or [("", "")]
+    ordered = sorted(names, key=lambda name: (name != PROTOCOL, name != ("", ""))) or [("", "")]
     return {
         name: [
             m

@@ -29,12 +29,13 @@ from kdscale.sweep.render import print_grid
 from kdscale.sweep.report import Report
 
 PAPER_SCALE = "paper"
+DEFAULTS = "defaults of recipes"
 FIGURES = (("figure2", gap_figure), ("figure3", long_figure))
 
 
 def heading(found: Beside) -> str:
     """Names a comparison by how its results were trained."""
-    return "Beside the paper" + (f": {found.variant}" if found.variant else "")
+    return f"Beside the paper: {found.variant or DEFAULTS}"
 
 
 def remarks(report: Report, found: Beside) -> list[str]:
@@ -130,7 +131,7 @@ def _claims(report: Report, found: Beside) -> Section:
     )
     grid = claim_grid(found)
     return Section(
-        title=grid.title + (f": {found.variant}" if found.variant else ""),
+        title=f"{grid.title}: {found.variant or DEFAULTS}",
         body=f'<ul class="warnings">{lines}</ul>{html_grid(grid, titled=False)}'
         f"<h3>Comparisons behind each claim</h3>{details}",
     )
