@@ -222,6 +222,18 @@ def test_too_large_shards_are_refused(tmp_path: Path):
         write_world(TRAIN.replace(samples_per_shard=10_001), str(tmp_path))
 
 
+def test_a_script_without_a_guard_is_told_to_have_one(tmp_path: Path) -> None:
+    script = tmp_path / "study.py"
+    script.write_text(
+        "from kdscale.core.config import MiniWorld\n"
+        "from kdscale.mini.build import write_world\n"
+        f"write_world(MiniWorld(num_samples=4, samples_per_shard=2), {str(tmp_path)!r})\n"
+    )
+    found = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert found.returncode
+    assert "if __name__ == '__main__':" in found.stderr.splitlines()[-1]
+
+
 def mini_tokenizers() -> tuple[SimpleTokenizer, HFTokenizer]:
     """Both tokenizers, as towers load them."""
     length = 24

@@ -16,6 +16,7 @@ import os
 import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ def write_world(
         The shards' paths, in order.
 
     Raises:
-        ConfigError: More samples per shard than a key has digits for.
+        ConfigError: More samples per shard than a key has digits for; or the drawing processes
+            have died, as where a script has no guard around what it runs.
     """
     if world.samples_per_shard > MAX_SAMPLES_PER_SHARD:
         raise ConfigError(
@@ -92,8 +94,14 @@ def _written(world: MiniWorld, paths: list[str], processes: int) -> Iterator[int
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
         jobs = [pool.submit(write_shard, world, shard, path) for shard, path in enumerate(paths)]
-        for job in as_completed(jobs):
-            yield job.result()
+        try:
+            for job in as_completed(jobs):
+                yield job.result()
+        except BrokenProcessPool as error:
+            raise ConfigError(
+                "the processes that draw a miniature world have died. They read the script that "
+                "was started anew, so it has to run its study below: if __name__ == '__main__':"
+            ) from error
 
 
 def write_shard(world: MiniWorld, shard: int, path: str) -> int:
