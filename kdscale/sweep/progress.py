@@ -233,7 +233,8 @@ def _compared(found: dict[str, Any], more: str) -> str:
     """
     online, cached = found["online_gpu_hours"], found["cached_gpu_hours"]
     if online <= WORTH_IT * cached:
-        return f"not worth a cache: {rounded(cached)} instead of {rounded(online)} GPU-hours"
+        costs = f"{rounded(cached)} instead of {rounded(online)} GPU-hours"
+        return f"not worth a cache: {costs}{_estimated(found)}"
     change = f"{online / cached:.1f} times less"
     costs = f"online {rounded(online)} GPU-hours, cached {rounded(cached)} ({change})"
     return f"{costs}{more}{_estimated(found)}"
