@@ -75,13 +75,7 @@ def execute(
         ended = "finished" if not plan.remaining() else "finished or stopped early"
         progress.say(f"[green]every stage is {ended} already: nothing to run[/]")
     prepare(plan, progress.say)
-
-    def connect() -> list[Tracker]:
-        return [
-            Tracker(uri, s.name, plan, command, s.question, partial(score_trial, plan, s))
-            for s in sweeps
-        ]
-
+    connect = partial(_trackers, uri, plan, sweeps, command)
     interrupt = Interrupt(plan, progress.say)
     with Follower(plan, progress), Mirror(connect) as mirror, budget, interrupt:
         failures = _run_parts(plan, *parts, budget, interrupt, progress.say)
@@ -91,11 +85,17 @@ def execute(
     if limits:
         progress.say(f"used about {rounded(budget.hours)} {budget.unit}")
     pages = _publish(plan, sweeps, mirror, console, command)
-    _print_place(console, "look", viewing(uri))
-    for page in pages:
-        _print_place(console, "table", address(uri, page))
+    _print_pages(console, uri, pages)
     raise_failures(failures, plan.storage)
     budget.raise_if_stopped()
+
+
+def _trackers(uri: str, plan: Plan, sweeps: Sequence[Sweep], command: str) -> list[Tracker]:
+    """Connects every sweep with MLflow."""
+    return [
+        Tracker(uri, s.name, plan, command, s.question, partial(score_trial, plan, s))
+        for s in sweeps
+    ]
 
 
 def _run_parts(
@@ -143,6 +143,13 @@ def _publish(
             _print_place(console, "report", place)
             pages.append(mirror.publish(sweep.name, files, scores))
     return [page for page in pages if page]
+
+
+def _print_pages(console: Console, uri: str, pages: Sequence[str]) -> None:
+    """Prints where MLflow shows the sweeps."""
+    _print_place(console, "look", viewing(uri))
+    for page in pages:
+        _print_place(console, "table", address(uri, page))
 
 
 def _print_place(console: Console, name: str, place: str) -> None:
