@@ -25,7 +25,7 @@ from kdscale.losses.heads import MAX_LOG_SCALE, DistillHeads
 from kdscale.losses.recipes import LossFlags, active_terms, weights_for
 from kdscale.models.batchnorm import collecting, commit_running_stats, group_batchnorm
 from kdscale.models.droppath import mask_patches, sampled_drop_path, set_draws
-from kdscale.models.towers import load_tower, normalise
+from kdscale.models.towers import freeze, load_tower, normalise
 from kdscale.stages.evaluate import Tower
 from kdscale.stages.exchange import gather_rows
 from kdscale.stages.jobs import DistillJob
@@ -117,8 +117,7 @@ class DistillTask:
         if spec is None:
             return None
         assert isinstance(spec, TowerSpec)
-        model = load_tower(spec, storage).to(self.world.device).eval()
-        return Tower(model.requires_grad_(False), spec)
+        return Tower(freeze(load_tower(spec, storage).to(self.world.device)), spec)
 
     @property
     def scales(self) -> list[nn.Parameter]:

@@ -24,7 +24,14 @@ from kdscale.data.raw import RawSample
 from kdscale.data.samples import BadImage, Picture, crop_box, decode
 from kdscale.data.shards import ShardEntry, changed
 from kdscale.data.sidecars import EVAL, TEXT, Values, encode_sidecar, view_name
-from kdscale.models.towers import eval_crop, image_features, load_tower, normalise, tokenizer
+from kdscale.models.towers import (
+    eval_crop,
+    freeze,
+    image_features,
+    load_tower,
+    normalise,
+    tokenizer,
+)
 from kdscale.stages.by_shard import device_for, rendered_ahead, samples_of, shard_row, shards_of
 from kdscale.stages.jobs import EmbedJob
 from kdscale.stages.loop import autocast, check_precision
@@ -61,7 +68,7 @@ class Embedder:
         self.job, self.recipe, self.device = job, recipe, device_for(device)
         check_precision(recipe.precision, self.device.type)
         model = load_tower(recipe.teacher, Storage(job.storage_root))
-        self.model: Any = model.to(self.device).eval().requires_grad_(False)
+        self.model: Any = freeze(model.to(self.device))
         self.tokenize = tokenizer(recipe.teacher)
         self.pool = ThreadPoolExecutor(threads)
 
@@ -95,8 +102,8 @@ class Embedder:
             "teacher": cache.teacher,
             "name": self.recipe.teacher.name,
             "dim": self.recipe.teacher.embed_dim,
-            "logit_scale": float(self.model.logit_scale.exp()),
-            "logit_bias": None if bias is None else float(bias),
+            "logit_scale": float(self.model.logit_scale.detach().exp()),
+            "logit_bias": None if bias is None else float(bias.detach()),
             "views": cache.views,
             "captions": cache.captions,
         }
