@@ -53,6 +53,7 @@ from kdscale.sweep.tracked_views import NOTE_TAG, experiment_tags, runs_page
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # with the password, where it has one
 
 KEY_TAG, TRIAL_TAG, SWEEP_TAG = "kdscale.key", "kdscale.trial", "kdscale.sweep"
 CREATED_TAG = "kdscale.created"
