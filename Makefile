@@ -66,7 +66,7 @@ faults: setup ## the fault matrix, into docs/reliability.md; as root, in two hou
 
 lock: setup ## resolve pyproject.toml again into requirements.lock
 	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url \
-	  --no-annotate --extra dev --extra cluster pyproject.toml --output-file requirements.lock \
+	  --no-annotate --extra dev --extra cluster --extra team pyproject.toml --output-file requirements.lock \
 	  --custom-compile-command "make lock"
 	@$(BIN)/uv pip compile --quiet --python-platform linux --python-version 3.11 \
 	  --no-emit-index-url --no-annotate --constraint requirements.lock --extra cluster --extra gpu \
