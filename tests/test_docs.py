@@ -82,8 +82,10 @@ OTHERS = {
     "export": "sets the environment",
     "ray": "starts and ends clusters",
     "mlflow": "shows runs; tests/test_tracking_runs.py reads them",
+    "curl": "makes an account, as tests/test_team.py does",
 }
 THEIR_OPTIONS = {"--force-quick-gelu", "--node-ip-address", "--signal", "--tmux"}
+THEIR_OPTIONS |= {"--allowed-hosts", "--app-name", "--host", "--serve-artifacts"}  # MLflow's
 
 
 @dataclass(frozen=True)
