@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faults.cluster import free_port
 
 DOCS = Path(__file__).parent.parent / "docs" / "team.md"
 ADMIN, ADMIN_PASSWORD = "admin", "the admin's own password"
@@ -31,12 +31,6 @@ def postgres_programs() -> Path:
     if found is None or found.origin is None or find_spec("psycopg") is None:
         pytest.skip("PostgreSQL or its driver is not installed: make setup")
     return max(Path(found.origin).parent.glob("pginstall*/bin"))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextmanager

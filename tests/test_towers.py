@@ -7,6 +7,7 @@ import json
 import logging
 import pickle
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -28,6 +29,7 @@ from kdscale.models import preprocess, towers, weights
 from kdscale.models.towers import (
     count_parameters,
     eval_crop,
+    freeze,
     image_features,
     normalise,
     read_spec,
@@ -215,6 +217,22 @@ def test_scale_and_bias() -> None:
     assert build_clip(small_spec(), logit_bias=-10.0).logit_bias.item() == -10.0
     siglip = small_spec(config={"init_logit_bias": -10, "custom_text": True})
     assert build_clip(siglip).logit_bias.item() == -10.0
+
+
+def test_a_frozen_pair_computes_in_bf16_as_fast_as_one_in_training() -> None:
+    vision = {"image_size": 32, "patch_size": 2, "width": 512, "layers": 1, "head_width": 64}
+    model = build_clip(small_spec(vision, width=512, patch_px=2)).eval()
+    pixels = torch.rand(4, 3, 32, 32)
+
+    def seconds() -> float:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            began = time.process_time()
+            model.encode_image(pixels)
+            return time.process_time() - began
+
+    training = min(seconds() for _ in range(3))
+    freeze(model)
+    assert min(seconds() for _ in range(3)) < 5 * training
 
 
 def test_drop_path_is_zero_unless_asked() -> None:
