@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faults.cluster import free_port
 from test_study import SWEEP, descendants, kill_all
 
 from kdscale.core.nodes import GROWS_TO, NodeType, announced
@@ -80,14 +80,6 @@ def configuration(address: str) -> dict[str, Any]:
     } | {f"{name}_commands": [] for name in COMMANDS}
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
 def wait_for(condition: Callable[[], Any], what: str, timeout_s: float) -> float:
     """Waits until something holds; gives the seconds that it took."""
     began = time.monotonic()
@@ -101,7 +93,7 @@ def wait_for(condition: Callable[[], Any], what: str, timeout_s: float) -> float
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
     import ray.util
 
-    port, client_port = free_ports(2)
+    port, client_port = free_port(), free_port()
     address = f"{ray.util.get_node_ip_address()}:{port}"
     file, scratch = tmp_path / "cluster.json", tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     file.write_text(json.dumps(configuration(address)))

@@ -16,6 +16,12 @@ from typing import Any
 
 import ray.train
 import ray.train.torch
+import ray.util
+from ray.train.torch.config import (
+    TorchConfig,
+    _set_torch_distributed_env_vars,
+    _TorchBackend,
+)
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.preemption import _get_draining_nodes
@@ -34,6 +40,7 @@ from kdscale.stages.jobs import (
     LanguageJob,
     VlmJob,
 )
+from kdscale.stages.rendezvous import join, listen
 from kdscale.stages.shares import allowed_workers, gpus_for
 from kdscale.stages.streams import instruct_config, stream_config
 
@@ -68,6 +75,7 @@ def make_trainer(
         allowed=allowed,
         train_loop_config={"jobs": list(jobs), "in_group": in_group},
         scaling_config=_scaling(jobs, allowed),
+        torch_config=AtOneAddress(),
         datasets={job.key: job if in_group else partial(stream_of, job, 1) for job in streams},
         dataset_config=SharedStreams(run.data_cpus),
         run_config=ray.train.RunConfig(
@@ -137,6 +145,36 @@ class SomeWorkers(ElasticScalingPolicy):
         staying = {n: r for n, r in reserved_resources.items() if n not in self._leaving}
         possible = super()._count_possible_workers(staying)
         return max((count for count in self._allowed if count <= possible), default=0)
+
+
+class AtOneAddress(TorchConfig):
+    """Lets the workers' process group listen at the address alone by which Ray knows their node.
+
+    That is the loopback on one machine, and in the private network on a cluster.
+    """
+
+    @property
+    def backend_cls(self) -> Any:
+        """Returns what makes the group."""
+        return OneAddressBackend
+
+
+class OneAddressBackend(_TorchBackend):
+    """Makes the workers' process group."""
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        """Is called in Ray Train's controller, once all workers have started."""
+        address = worker_group.execute_single(0, ray.util.get_node_ip_address)
+        port = worker_group.execute_single(0, listen, address)
+        worker_group.execute(_set_torch_distributed_env_vars)
+        on_gpus = worker_group.get_resources_per_worker().get("GPU", 0) > 0
+        backend = "nccl" if on_gpus else "gloo"
+        group = (len(worker_group), address, port, backend, backend_config.timeout_s)
+        joined = [
+            worker_group.execute_single_async(rank, join, rank, *group)
+            for rank in range(len(worker_group))
+        ]
+        ray.get(joined)
 
 
 class SharedStreams(ray.train.DataConfig):
