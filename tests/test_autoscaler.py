@@ -92,7 +92,10 @@ def wait_for(condition: Callable[[], Any], what: str, timeout_s: float) -> float
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
     import ray.util
+    from ray._private.authentication import authentication_token_setup as tokens
 
+    tokens.enable_token_auth_by_default()  # as `ray.init` does where no cluster is
+    tokens.ensure_token_if_auth_enabled()
     port, client_port = free_port(), free_port()
     address = f"{ray.util.get_node_ip_address()}:{port}"
     file, scratch = tmp_path / "cluster.json", tempfile.mkdtemp(prefix="ray-", dir="/tmp")
