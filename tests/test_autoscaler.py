@@ -45,10 +45,12 @@ class Cluster:
     def nodes(self) -> set[str]:
         """Returns the ids of the nodes that are there beside the head."""
         import ray
-        from ray.core.generated.gcs_pb2 import GcsNodeInfo
+        from ray.core.generated import gcs_pb2
 
+        books: Any = gcs_pb2
         client: Any = ray._raylet.GcsClient(address=self.address)  # type: ignore[attr-defined]
-        alive = [n for n in client.get_all_node_info(30).values() if n.state == GcsNodeInfo.ALIVE]
+        nodes = client.get_all_node_info(30).values()
+        alive = [node for node in nodes if node.state == books.GcsNodeInfo.ALIVE]
         return {node.node_id.hex() for node in alive if not node.is_head_node}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 import threading
@@ -44,7 +45,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("PYTHONPATH", f"{tests.parent}:{tests}")
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 3})
     made.add_node(num_cpus=4)
-    ray.init(address=made.address, log_to_driver=False, logging_level="ERROR")
+    ray.init(address=made.address, log_to_driver=False, logging_level=logging.ERROR)
     yield made
     ray.shutdown()
     made.shutdown()
@@ -78,7 +79,8 @@ def test_nodes_that_come_and_go_change_no_sample(
 
     def job(name: str) -> Any:
         made = small_job(str(tmp_path / name), total_steps=STEPS, **fields)
-        student = made.recipe.student.replace(clip_config=_true_vocabulary(made.recipe.student))
+        small: Any = made.recipe.student
+        student = small.replace(clip_config=_true_vocabulary(small))
         return replace(made, data=manifest, recipe=made.recipe.replace(student=student))
 
     whole = job("whole")

@@ -150,7 +150,7 @@ adopt()
 subprocess.run(["sh", "-c", "sleep 321 & sleep 322 &"])
 found = wait_for(lambda: len(below(os.getpid())) == 2 and below(os.getpid()), "both", 60)
 print(sorted(process.command for process in found))
-end_all(os.getpid())
+end_all()
 print(below(os.getpid()))
 """
     env = os.environ | {"PYTHONPATH": str(TESTS)}

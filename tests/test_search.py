@@ -359,7 +359,7 @@ def test_a_scheduler_asks_and_does_not_kill(tmp_path: Path) -> None:
     assert search is not None
     works = [Work.of(plan, trial, search) for trial in plan.trials]
     graceful = Graceful(search.scheduler, works, search)
-    trials = [SimpleNamespace(trial_id=str(n), config={"trial": n}) for n in range(3)]
+    trials = [SimpleNamespace(trial_id=str(n), config={"trial": {"number": n}}) for n in range(3)]
     for trial, value in zip(trials, (30.0, 10.0, 20.0), strict=True):
         graceful.on_trial_add(None, trial)
         result = {"step": 32, "progress": 12.5, "zero_shot_top1": value, "lease": "t"}

@@ -14,7 +14,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import groupby
@@ -175,17 +175,37 @@ def run_plan(plan: Plan, run: str = "") -> list[TrialFailure]:
     with tempfile.TemporaryDirectory() as scratch:
         tuner = ray.tune.Tuner(
             trainable,
-            param_space={"trial": ray.tune.grid_search(list(range(len(waiting))))},
+            param_space={"trial": numbered(trial.key for trial in waiting)},
             tune_config=ray.tune.TuneConfig(
                 max_concurrent_trials=concurrency,
                 reuse_actors=True,
-                trial_name_creator=lambda trial: waiting[trial.config["trial"]].key,
-                trial_dirname_creator=lambda trial: waiting[trial.config["trial"]].key,
+                trial_name_creator=_name,
+                trial_dirname_creator=_name,
             ),
             run_config=run_config(scratch),
         )
         results = tuner.fit()
-    return failures_in(results, lambda config: waiting[config["trial"]])
+    return failures_in(results, lambda config: waiting[number_in(config)])
+
+
+def numbered(keys: Iterable[str]) -> dict[str, Any]:
+    """Returns a space of trials by number, each with its key.
+
+    Tune keeps with each trial what names it: a function that held all the others would cost the
+    driver memory by the square of their number.
+    """
+    trials = [{"number": number, "key": key} for number, key in enumerate(keys)]
+    return ray.tune.grid_search(trials)
+
+
+def number_in(config: Mapping[str, Any]) -> int:
+    """Returns a trial's number in `numbered`."""
+    return config["trial"]["number"]
+
+
+def _name(trial: Any) -> str:
+    """Names a trial for Tune: by its key."""
+    return trial.config["trial"]["key"]
 
 
 def run_config(scratch: str) -> ray.tune.RunConfig:
@@ -247,7 +267,7 @@ def last_line(error: BaseException) -> str:
 
 def _run_trial(config: dict[str, Any], plan: Plan, run: str = "") -> dict[str, Any]:
     """Walks a trial's path; runs on a Tune actor that takes no resources itself."""
-    trial = waiting_trials(plan)[config["trial"]]
+    trial = waiting_trials(plan)[number_in(config)]
     try:
         run_stages([plan.stages[key] for key in trial.path], plan.storage, run)
     except StageStopped:

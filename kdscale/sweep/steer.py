@@ -38,6 +38,8 @@ from kdscale.sweep.schedule import (
     TrialFailure,
     cluster_resources,
     failures_in,
+    number_in,
+    numbered,
     refusal,
     run_config,
     run_stages,
@@ -165,7 +167,7 @@ def _fit(
 ) -> list[TrialFailure]:
     """Runs one Tune experiment; the configurations are given, or a searcher's."""
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # a refused trial has no metric
-    given = {"trial": ray.tune.grid_search(list(range(len(works))))} if works else {}
+    given = {"trial": numbered(map(str, works))} if works else {}
     scheduler = Graceful(_fresh(search.scheduler or FIFOScheduler()), works, search)
     with tempfile.TemporaryDirectory() as scratch:
         results = ray.tune.Tuner(
@@ -178,8 +180,8 @@ def _fit(
                 mode=search.mode,
                 scheduler=scheduler,
                 reuse_actors=True,
-                trial_name_creator=lambda trial: str(_work(trial.config, works)),
-                trial_dirname_creator=lambda trial: str(_work(trial.config, works)),
+                trial_name_creator=_name,
+                trial_dirname_creator=_name,
                 **options,
             ),
             run_config=run_config(scratch),
@@ -197,7 +199,13 @@ def _fresh(steering: Any) -> Any:
 
 def _work(config: Mapping[str, Any], works: Sequence[Work]) -> Work:
     """Returns a trial's work: its searcher's, or one of those that were planned."""
-    return config["work"] if "work" in config else works[config["trial"]]
+    return config["work"] if "work" in config else works[number_in(config)]
+
+
+def _name(trial: Any) -> str:
+    """Names a trial for Tune: by its key."""
+    config = trial.config
+    return str(config["work"]) if "work" in config else config["trial"]["key"]
 
 
 def _run_trial(config: dict[str, Any], works: Sequence[Work]) -> dict[str, Any]:

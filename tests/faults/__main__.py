@@ -132,7 +132,7 @@ def run(work: Path, name: str, seed: int, patience: float) -> Row:
     except subprocess.TimeoutExpired:
         why = f"the row did not end in {ROW_S * patience:.0f} s"
     finally:
-        end_all(os.getpid())
+        end_all()
     if not result.exists():
         return Row(name, seed, FAILED, why=why)
     return Row(**json.loads(result.read_text()))

@@ -129,8 +129,14 @@ def wait_for(
     raise TimeoutError(f"waited {timeout_s:.0f} s in vain for {what}")
 
 
-def end_all(root: int) -> None:
-    """Kills everything below a process."""
-    while found := below(root):
+def end_all() -> None:
+    """Kills everything below this process.
+
+    Namespaces end when nothing is left in their table of processes, zombies included.
+    """
+    while found := below(os.getpid()):
         kill(found)
+        with suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
         time.sleep(0.05)

@@ -311,7 +311,7 @@ def main() -> None:
     try:
         row = run_row(fault, seed, work, float(patience))
     finally:
-        end_all(os.getpid())
+        end_all()
         shutil.move(work / RAY, place(work, name, seed) / "ray")
     (place(work, name, seed) / "row.json").write_text(json.dumps(asdict(row)))
 
