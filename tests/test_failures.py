@@ -125,7 +125,7 @@ def test_tune_does_not_see_what_it_must_not_try_again(
         key, path = "k", ()
 
     class Result:
-        config, error = {"trial": 0}, None
+        config, error = {"trial": {"number": 0}}, None
         metrics: dict[str, Any]
 
     class Plan:
@@ -137,7 +137,7 @@ def test_tune_does_not_see_what_it_must_not_try_again(
     monkeypatch.setattr(schedule, "run_stages", refuse)
     monkeypatch.setattr(schedule, "waiting_trials", lambda _: [Trial])
     found, plan, trial = Result(), Plan(), Trial()
-    found.metrics = schedule._run_trial({"trial": 0}, plan)  # type: ignore[arg-type]
+    found.metrics = schedule._run_trial({"trial": {"number": 0}}, plan)  # type: ignore[arg-type]
     (failure,) = schedule.failures_in([found], lambda _: trial)  # type: ignore[return-value]
     assert failure.message == "distill k failed: DataError: no shard"
 

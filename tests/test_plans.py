@@ -449,7 +449,7 @@ def test_a_trial_of_a_stopped_sweep_starts_nothing(tmp_path: Path) -> None:
     plan = plan_of(tmp_path)
     for stage in plan.stages.values():
         ask_to_stop(stage.store(plan.storage), "the limit of 2 GPU-hours is reached")
-    told = _run_trial({"trial": 0}, plan)
+    told = _run_trial({"trial": {"number": 0}}, plan)
     assert "refused" not in told  # a trial that is stopped has not failed
     assert not plan.storage.exists("stages", "teacher", last(plan), "journal")
 
