@@ -62,7 +62,8 @@ soak: setup ## half an hour of sweeps back to back: memory and open files stay f
 # What was done is kept there: the same command goes on. Options, e.g. FAULTS="--only worker".
 FAULT_ROWS ?= /tmp/kdscale-faults
 faults: setup ## the fault matrix, into docs/reliability.md; as root, in two hours or so
-	@PYTHONPATH=tests $(BIN)/python -m faults --work $(FAULT_ROWS) --page docs/reliability.md $(FAULTS)
+	@PYTHONPATH=tests $(BIN)/python -m faults --work $(FAULT_ROWS) --at-once 2 \
+	  --page docs/reliability.md $(FAULTS)
 
 lock: setup ## resolve pyproject.toml again into requirements.lock
 	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url \

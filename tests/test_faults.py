@@ -147,15 +147,19 @@ def test_orphans_are_adopted_and_ended() -> None:
 import os, subprocess
 from faults.processes import adopt, below, end_all, wait_for
 adopt()
+commands = lambda: sorted(process.command for process in below(os.getpid()))
 subprocess.run(["sh", "-c", "sleep 321 & sleep 322 &"])
-found = wait_for(lambda: len(below(os.getpid())) == 2 and below(os.getpid()), "both", 60)
-print(sorted(process.command for process in found))
-end_all()
-print(below(os.getpid()))
+wait_for(lambda: commands() == ["sleep 321", "sleep 322"], "orphans", 60)
+with subprocess.Popen(["sleep", "323"]) as other:
+    wait_for(lambda: "sleep 323" in commands(), "another", 60)
+    end_all(but=[other.pid])
+    print(commands())
+    end_all()
+print(commands())
 """
     env = os.environ | {"PYTHONPATH": str(TESTS)}
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
-    assert done.stdout == "['sleep 321', 'sleep 322']\n[]\n", done.stderr
+    assert done.stdout == "['sleep 323']\n[]\n", done.stderr
 
 
 def test_waiting_ends() -> None:

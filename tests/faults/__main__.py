@@ -1,6 +1,7 @@
 """Runs the fault matrix, row by row, and goes on where it was broken off.
 
     cd tests && python -m faults [--work DIR] [--only FAULT,...] [--seeds 0,1,2] [--page PAGE]
+                                 [--at-once 2]
 
 Results are kept in DIR/results.jsonl: a row that has one is not run again (`--again` does).
 """
@@ -15,7 +16,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 from faults.disturb import CONTROL, FAULTS, Fault
 from faults.processes import adopt, end_all
@@ -33,8 +36,9 @@ from faults.results import (
 from faults.row import REPOSITORY, SWEEP, place
 from kdscale.core.storage import Storage
 
-LONGEST_PATH = 36  # Ray's sockets lie deep below it, and their names are limited to 107 bytes
+LONGEST_PATH = 29  # Ray's sockets lie deep below it, and their names are limited to 107 bytes
 ROW_S = 1200
+RESULTS = "results.jsonl"
 OWN_MOUNTS = ["unshare", "--mount", "--propagation", "private"]
 COMMAND = "make faults"
 
@@ -49,19 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     work.mkdir(parents=True, exist_ok=True)
     wanted = [(fault.name, seed) for seed in map(int, options.seeds.split(",")) for fault in faults]
     wanted.insert(0, (CONTROL.name, 0))
-    results = work / "results.jsonl"
-    rows = read_rows(results)
+    results = work / RESULTS
     adopt()
     prepare(work)
-    for name, seed in wanted if options.again else left_to_do(wanted, rows):
-        if name == CONTROL.name and (work / "control.json").exists():
-            continue
-        row = run(work, name, seed, options.patience)
-        append_row(results, row)
-        print(f"{time.strftime('%H:%M:%S')} {name} {seed}: {row.status} in {row.seconds:.0f} s")
-        print("".join(f"    {text}\n" for text in (row.moment, row.trouble) if text), flush=True)
-        if name == CONTROL.name and row.status != PASSED:
-            raise SystemExit("the control has failed: nothing to compare with")
+    rows = read_rows(results)
+    left = [key for key in wanted if options.again or key in left_to_do(wanted, rows)]
+    matrix = Matrix(work, options.patience or float(options.at_once))
+    if not (work / "control.json").exists() and matrix.run(CONTROL.name, 0).status != PASSED:
+        raise SystemExit("the control has failed: nothing to compare with")
+    with ThreadPoolExecutor(options.at_once) as pool:
+        list(pool.map(lambda key: matrix.run(*key), [key for key in left if key != wanted[0]]))
     rows = read_rows(results)
     text = page(list(rows.values()))
     print(text)
@@ -79,8 +80,9 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", default="0,1,2", help="each draws its own moments")
     parser.add_argument("--again", action="store_true", help="run rows that have a result, too")
     parser.add_argument("--page", type=Path, help="Markdown page whose block is written anew")
-    patience = "what time limits are multiplied by, on a busy machine"
-    parser.add_argument("--patience", type=float, default=1.0, help=patience)
+    parser.add_argument("--at-once", type=int, default=1, help="rows; a row idles half of its time")
+    patience = "what time limits are multiplied by, on a busy machine; default: rows at once"
+    parser.add_argument("--patience", type=float, help=patience)
     return parser.parse_args(arguments)
 
 
@@ -114,28 +116,54 @@ def prepare(work: Path) -> None:
     done.write_text(json.dumps(Storage(str(work / "prepared")).names("data")))
 
 
-def run(work: Path, name: str, seed: int, patience: float) -> Row:
-    """Runs a row in a process of its own."""
-    fault = FAULTS.get(name, CONTROL)
-    lacking = fault.lacking()
-    if lacking:
-        return Row(name, seed, NOT_RUN, why=lacking)
-    command = [sys.executable, "-m", "faults.row", str(work), name, str(seed), str(patience)]
-    command = [*(OWN_MOUNTS if os.geteuid() == 0 else []), *command]
-    paths = [str(REPOSITORY / "tests"), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    result = place(work, name, seed) / "row.json"
-    result.unlink(missing_ok=True)
-    why = "the row itself broke: see above"
-    try:
-        subprocess.run(command, env=env, timeout=ROW_S * patience)
-    except subprocess.TimeoutExpired:
-        why = f"the row did not end in {ROW_S * patience:.0f} s"
-    finally:
-        end_all()
-    if not result.exists():
-        return Row(name, seed, FAILED, why=why)
-    return Row(**json.loads(result.read_text()))
+class Matrix:
+    """Runs rows, several at once, each in a process of its own.
+
+    Args:
+        work: Where everything is kept.
+        patience: What time limits are multiplied by.
+    """
+
+    def __init__(self, work: Path, patience: float) -> None:
+        self.work, self.patience = work, patience
+        self._rows: set[int] = set()
+        self._lock = Lock()
+
+    def run(self, name: str, seed: int) -> Row:
+        """Runs a row, and notes and prints its result."""
+        row = self._run(name, seed)
+        with self._lock:
+            append_row(self.work / RESULTS, row)
+            print(f"{time.strftime('%H:%M:%S')} {name} {seed}: {row.status} in {row.seconds:.0f} s")
+            print("".join(f"    {t}\n" for t in (row.moment, row.trouble) if t), flush=True)
+        return row
+
+    def _run(self, name: str, seed: int) -> Row:
+        lacking = FAULTS.get(name, CONTROL).lacking()
+        if lacking:
+            return Row(name, seed, NOT_RUN, why=lacking)
+        own = [str(self.work), name, str(seed), str(self.patience)]
+        command = [sys.executable, "-m", "faults.row", *own]
+        command = [*(OWN_MOUNTS if os.geteuid() == 0 else []), *command]
+        paths = [str(REPOSITORY / "tests"), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+        env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        result = place(self.work, name, seed) / "row.json"
+        result.unlink(missing_ok=True)
+        why = "the row itself broke: see above"
+        with self._lock:
+            process = subprocess.Popen(command, env=env)
+            self._rows.add(process.pid)
+        try:
+            process.wait(ROW_S * self.patience)
+        except subprocess.TimeoutExpired:
+            why = f"the row did not end in {ROW_S * self.patience:.0f} s"
+        with self._lock:
+            self._rows.remove(process.pid)
+            end_all(but=self._rows)  # what rows have left behind is ours
+        process.wait()
+        if not result.exists():
+            return Row(name, seed, FAILED, why=why)
+        return Row(**json.loads(result.read_text()))
 
 
 def page(rows: Sequence[Row]) -> str:

@@ -95,6 +95,7 @@ class Node:
         ray += ["--node-ip-address", machine.host, "--num-cpus", str(num_cpus)]
         ray += ["--temp-dir", str(machine.folder / "r"), "--disable-usage-stats"]
         ray += ["--object-store-memory", str(STORE_BYTES)]
+        ray += ["--min-worker-port", "0", "--max-worker-port", "0"]  # others may have a cluster
         log = (machine.folder / f"{'head' if head is None else 'node'}.log").open("ab")
         own_env = {**env, "TMPDIR": str(machine.folder)}
         self._process = subprocess.Popen(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 TRAINING = ("distill", "pretrain", "finetune")
 ANY = ("embed", *TRAINING)
-CUT_S, AWAY_S, READ_ONLY_S, GRACE_S, SHORT_S = 60, 120, 60, 120, 30
+CUT_S, AWAY_S, READ_ONLY_S, FULL_S, GRACE_S, SHORT_S = 60, 120, 60, 60, 120, 30
 FULL_BELOW = 0.02  # what the memory monitor is shown as free, of all
 
 
@@ -152,11 +152,13 @@ def read_only(run: Run) -> str:
 
 
 def disk_full(run: Run) -> str:
-    """Fills the disk of the node that works: Ray's files and all temporary ones. It stays full."""
+    """Fills the disk of the node that works: Ray's files and all temporary ones."""
     moment = run.until_moment(ANY)
     node = run.cluster.machines[1]
     run.call(*node.command("sh", "-c", f"cat /dev/zero > {node.folder}/fill"))
-    return f"the node's disk full {moment}"
+    run.sleep(FULL_S)
+    node.run("rm", f"{node.folder}/fill")
+    return f"the node's disk full for {FULL_S} s {moment}"
 
 
 def out_of_memory(run: Run) -> str:
@@ -249,7 +251,7 @@ FAULTS = {
             again="the driver has ended before the server was back",
         ),
         Fault("read_only", "storage read-only for 1 minute", read_only, mounted=True),
-        Fault("disk_full", "disk full on the node that works", disk_full, apart=True),
+        Fault("disk_full", "disk full for 1 minute on the node that works", disk_full, apart=True),
         Fault(
             "sigterm", "SIGTERM to the driver, with 2 minutes", terminate, again=AGAIN, told=True
         ),

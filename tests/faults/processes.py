@@ -11,7 +11,7 @@ import ctypes
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,14 +129,19 @@ def wait_for(
     raise TimeoutError(f"waited {timeout_s:.0f} s in vain for {what}")
 
 
-def end_all() -> None:
+def end_all(but: Collection[int] = ()) -> None:
     """Kills everything below this process.
 
     Namespaces end when nothing is left in their table of processes, zombies included.
+
+    Args:
+        but: Children that go on, with all below them; somebody waits for them.
     """
-    while found := below(os.getpid()):
-        kill(found)
-        with suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
+    while own := [pid for pid, (parent, _) in _all().items() if parent == os.getpid()]:
+        if not (ours := set(own) - set(but)):
+            return
+        kill(process for pid in ours for process in (Process(pid, ""), *below(pid)))
+        for pid in ours:
+            with suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
         time.sleep(0.05)

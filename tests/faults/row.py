@@ -32,7 +32,6 @@ from kdscale.core.storage import Storage
 REPOSITORY = Path(__file__).parents[2]
 SWEEP = REPOSITORY / "tests" / "fault_sweep.py"
 TOKEN = secrets.token_hex(32)  # without it no driver may connect to a head
-RAY = "r"
 RUN_S, FREE_S, END_S = 400, 60, 30
 STORAGE_DISK, NODE_DISK = "1g", "512m"
 RESOURCES = """
@@ -71,9 +70,7 @@ class Run:
             self._port = free_port()
             self.tracking_uri = f"http://127.0.0.1:{self._port}"
             self.start_server()
-        # Ray's sockets need a short path: it is moved into the row's directory afterwards.
-        shutil.rmtree(work / RAY, ignore_errors=True)
-        self.cluster = Cluster(work / RAY, fault.apart, self._env(), patience)
+        self.cluster = Cluster(own_ray(work), fault.apart, self._env(), patience)
         self._prepare_node()
         self.cluster.start()
         self._driver: subprocess.Popen[bytes] | None = None
@@ -118,6 +115,7 @@ class Run:
             "RAY_TRAIN_V2_ENABLED": "1",
             "RAY_worker_niceness": "0",
             "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "600",  # the machine may be busy
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # a head would wait, for nobody
         }
 
     def start(self) -> None:
@@ -239,7 +237,7 @@ class Run:
 
     def call(self, *command: str) -> subprocess.CompletedProcess[str]:
         """Runs a command whose failure may be part of the matter."""
-        return subprocess.run(command, capture_output=True, text=True)
+        return subprocess.run(command, env=self._env(), capture_output=True, text=True)
 
     def outcome(self) -> check.Outcome:
         """Reads what there is so far."""
@@ -269,6 +267,14 @@ class Run:
 def place(work: Path, fault: str, seed: int) -> Path:
     """Returns a row's directory."""
     return work / "rows" / f"{fault}{seed}"
+
+
+def own_ray(work: Path) -> Path:
+    """Returns this process's directory for Ray, moved into its row's in the end.
+
+    Ray's sockets need a short path.
+    """
+    return work / str(os.getpid())
 
 
 def run_row(fault: Fault, seed: int, work: Path, patience: float) -> Row:
@@ -312,7 +318,7 @@ def main() -> None:
         row = run_row(fault, seed, work, float(patience))
     finally:
         end_all()
-        shutil.move(work / RAY, place(work, name, seed) / "ray")
+        shutil.move(own_ray(work), place(work, name, seed) / "ray")
     (place(work, name, seed) / "row.json").write_text(json.dumps(asdict(row)))
 
 
