@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kdscale.core.storage import Storage
-from kdscale.sweep.doctor import Diagnosis, compare_clocks, compare_versions, diagnose
+from kdscale.sweep.doctor import Diagnosis, compare_clocks, compare_versions, diagnose, pairs
 from kdscale.sweep.node_checks import (
     Node,
     check_disk,
@@ -42,6 +42,16 @@ def test_the_clock_that_is_furthest_off_counts() -> None:
     assert compare_clocks({"a": 0.0, "b": 1.2}).ok
     found = compare_clocks({"a": 0.0, "b": 90.0})
     assert (found.ok, found.found) == (False, "b is off by 90 s")
+
+
+def test_gpus_are_asked_to_add_where_two_nodes_have_them() -> None:
+    head, decode, one, two = (
+        {"NodeID": name, "Resources": {"CPU": 4.0} | ({"GPU": 8.0} if name in "cd" else {})}
+        for name in "abcd"
+    )
+    assert pairs([head]) == {"gloo": [head, head]}
+    assert pairs([head, decode, one]) == {"gloo": [head, decode]}
+    assert pairs([head, one, decode, two]) == {"gloo": [head, one], "nccl": [one, two]}
 
 
 def test_room_is_compared_with_what_is_needed(tmp_path: Path) -> None:
@@ -104,6 +114,6 @@ def test_a_cluster_of_one_node_is_well(ray_cluster: Any, tmp_path: Path) -> None
     assert len(found.nodes) == 1
     wrong = [check for check in (*found.across, *found.nodes[0].checks) if check.ok is False]
     assert [check for check in wrong if check.name not in ("disk", "shared memory")] == []
-    assert {check.name for check in found.across} == {"versions", "clocks", "all-reduce"}
+    assert {check.name for check in found.across} == {"versions", "clocks", "all-reduce by gloo"}
     assert not Storage(str(tmp_path / "runs")).exists("doctor")
     assert found.document()["nodes"][0]["versions"]["ray"] == versions()["ray"]

@@ -27,6 +27,8 @@ SECRETS = [
     f"https://host/a.tar?token={CANARY}",
     f"https://host/a.tar?expires=3&X-Amz-Signature={CANARY}&X-Amz-Credential={CANARY}",
     f"https://account.blob.example/a/b.tar?sv=2024&sig={CANARY}",
+    f"gs://{CANARY}@bucket/a",
+    f"http://user:CA/{CANARY}@host/x",
     f"postgresql+psycopg://mlflow:{CANARY}@/db?host=/run&password={CANARY}",
 ]
 ALONE: dict[str, Any] = {"stages": [recipe(loss="clip")], "baseline": None}
@@ -34,6 +36,8 @@ PLAIN = [
     "s3://bucket/date=2024/shard-????.tar",
     "/data/{00000..00010}.tar",
     "https://host:5000/x",
+    "https://host:5000/files/a@b.tar",
+    "sftp://host/a.tar",
     "sqlite:////home/a@b/mlflow.db",
     "hf-hub:timm/ViT-B-16@main",
 ]
@@ -62,6 +66,34 @@ def test_urls_that_are_kept_may_hold_none(url: str) -> None:
         with pytest.raises(SecretInUrl, match="Take it out") as refused:
             taken(url)
         assert CANARY not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("HF_TOKEN", CANARY),
+        ("WANDB_KEY", CANARY),
+        ("MY_SSH_KEY", CANARY),
+        ("DB_PASS", CANARY),
+        ("AZURE_STORAGE_CONNECTION_STRING", f"AccountName=a;AccountKey={CANARY}"),
+        ("FSSPEC_S3", f'{{"key": "not so secret", "secret": "{CANARY}"}}'),
+        (
+            "FSSPEC_HTTP",
+            f'{{"client_kwargs": {{"headers": {{"Authorization": "Bearer {CANARY}"}}}}}}',
+        ),
+    ],
+)
+def test_a_failure_does_not_repeat_what_the_environment_keeps_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    canary = f"{CANARY}-in-{name}"
+    monkeypatch.setenv(name, value.replace(CANARY, canary))
+    monkeypatch.setenv("KEYBOARD_LAYOUT", "attempt refused")
+    stage = StageStore(Storage(str(tmp_path)), "distill", "0" * 16)
+    said = value.replace(CANARY, canary) if "Account" in value else canary
+    stage.fail(f"RuntimeError: attempt refused for {said}", final=False)
+    assert (stage.failure() or {})["message"] == "RuntimeError: attempt refused for ***"
+    assert canary not in str(StorageError(f"attempt refused for {said}"))
 
 
 @pytest.fixture(scope="module")

@@ -76,6 +76,11 @@ def read_steps(stage: StageStore) -> list[Line]:
     return [by_step[step] for step in sorted(by_step)]
 
 
+def noted(stage: StageStore, name: str) -> set[int]:
+    """Returns the numbers that the lines of a stage's journal have under a name."""
+    return {line[name] for line in JournalReader(stage).new_lines() if name in line}
+
+
 def span(stage: StageStore) -> tuple[float, float] | None:
     """Returns when the first attempt began and when the last line was written.
 

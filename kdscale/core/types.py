@@ -9,7 +9,7 @@ from kdscale.core.redaction import holds_secret, redacted
 
 
 class KdscaleError(Exception):
-    """Base of every error that kdscale raises on purpose; no secret of a URL is in its text."""
+    """Base of every error that kdscale raises on purpose; no secret is in its text."""
 
     def __init__(self, *args: object) -> None:
         super().__init__(*(redacted(arg) if isinstance(arg, str) else arg for arg in args))

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from kdscale.core.answers_config import Answers
 from kdscale.core.config import STAGE_WEIGHTS, Execution, Precision
-from kdscale.core.journal import JournalWriter
+from kdscale.core.journal import JournalWriter, noted
 from kdscale.core.lease import check_lease
 from kdscale.core.stop import stop_if_asked
 from kdscale.core.storage import Storage
@@ -73,7 +73,7 @@ class Asker:
             packed: A pickled number of a job, and one of its blocks.
 
         Returns:
-            That number, how many questions were answered, and in how many seconds.
+            That number, the block's, how many questions were answered, and in how many seconds.
 
         Raises:
             DataError: An image cannot be read or decoded; names the item.
@@ -101,7 +101,8 @@ class Asker:
             note_failure(job.stage, error)  # whoever waits cannot tell whose block it was
             raise
         seconds = time.perf_counter() - began
-        return {"job": number, "samples": len(answers), "seconds": seconds}
+        known = {"job": number, "block": block.number, "samples": len(answers)}
+        return known | {"seconds": seconds}
 
 
 @lru_cache(maxsize=1)
@@ -163,7 +164,7 @@ class _Round:
     """One benchmark being asked: what is left of it, and its journal.
 
     A step of the journal is a number of questions answered; blocks that an earlier attempt has
-    written are behind the first one, so that no step comes twice.
+    noted are behind the first one, so that no step comes twice.
     """
 
     def __init__(
@@ -173,7 +174,11 @@ class _Round:
         progress: Callable[[AnswersJob, int, int], None],
     ) -> None:
         self.job, self.total, self._progress = job, len(questions), progress
-        self.left, self._num_blocks = pending(job, questions)
+        lacking, blocks = pending(job, questions)
+        # Blocks that were written and nobody lived to note: the same again, and every step comes.
+        known = noted(job.stage, "block") - {block.number for block in lacking}
+        self.left = [block for block in blocks if block.number not in known]
+        self._num_blocks = len(blocks)
         self.done = self.total - sum(len(block.questions) for block in self.left)
         self._journal = JournalWriter(job.stage, 1)
         job.stage.forget_failure()
@@ -189,7 +194,8 @@ class _Round:
         """Notes a block that was answered."""
         self.done += row["samples"]
         speed = row["samples"] / row["seconds"]
-        self._journal.append({"step": self.done, "asked": self.total, "samples_per_s": speed})
+        line = {"step": self.done, "asked": self.total, "block": row["block"]}
+        self._journal.append(line | {"samples_per_s": speed})
         self._progress(self.job, self.done, self.total)
 
     def finish(self, seconds: float) -> None:
@@ -275,8 +281,8 @@ def decode_any(data: bytes) -> Any:
     return decode(data, gif=True)
 
 
-def pending(job: AnswersJob, questions: Sequence[Question]) -> tuple[list[Block], int]:
-    """Returns the blocks that are left to be answered, and how many there are in all.
+def pending(job: AnswersJob, questions: Sequence[Question]) -> tuple[list[Block], list[Block]]:
+    """Returns the blocks that have no file, and all blocks.
 
     Args:
         job: Whom to ask what.
@@ -292,7 +298,7 @@ def pending(job: AnswersJob, questions: Sequence[Question]) -> tuple[list[Block]
             "plan was made; run it again"
         )
     blocks = blocks_of(questions)
-    return missing(job.stage, blocks), len(blocks)
+    return missing(job.stage, blocks), blocks
 
 
 def read_questions(recipe: Answers) -> list[Question]:

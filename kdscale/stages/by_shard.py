@@ -1,7 +1,7 @@
 """What the stages that work shard by shard share: embeddings, features, and in part answers.
 
-A shard whose files are all there is never done again, so a killed run loses the shards in work
-and nothing else.
+A shard whose files are all there and whose end is noted is never done again, so a killed run loses
+the shards in work and nothing else.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from kdscale.core.config import Execution
-from kdscale.core.journal import JournalWriter
+from kdscale.core.journal import JournalWriter, noted
 from kdscale.core.lease import check_lease
 from kdscale.core.stop import stop_if_asked
 from kdscale.core.types import StageStopped
@@ -28,6 +28,20 @@ from kdscale.data.shards import ShardEntry, read_good
 from kdscale.data.sidecars import SUMMARY, Values
 from kdscale.stages.jobs import AnswersJob, EmbedJob, ShardJob
 from kdscale.stages.loop import chunks
+
+
+def left_of(job: ShardJob, lacking: Sequence[int]) -> list[int]:
+    """Returns the shards that are left, in order.
+
+    Also those that have their files but whose end nobody lived to note: done again they are the
+    same, and the journal has every step.
+
+    Args:
+        job: The job.
+        lacking: Shards that lack a file.
+    """
+    known = noted(job.stage, "shard") - set(lacking)
+    return [number for number in shards_of(job) if number not in known]
 
 
 def run_shards(
@@ -64,7 +78,7 @@ def run_shards(
             rows = map(make(), left)
         for done, row in enumerate(rows, total - len(left) + 1):
             speed = {"samples_per_s": row["samples"] / row["seconds"]}
-            journal.append({"step": done, "shards": total, **speed})
+            journal.append({"step": done, "shards": total, "shard": row["shard"], **speed})
             yield row
             if done < total:
                 stop_if_asked(job.stage, job.lease, done)

@@ -122,19 +122,20 @@ def embed(job: ShardJob) -> None:
         StageFailed: If a shard could not be embedded.
         StageRefused: If another attempt could not embed it either.
     """
-    from kdscale.stages.by_shard import finish, run_shards, shards_of, threads_of
+    from kdscale.stages.by_shard import finish, left_of, run_shards, shards_of, threads_of
 
     started, summary = time.time(), "{}"
     with job.log("trial") as log:
-        left, make = _left(job, threads_of(job))
+        lacking, make = _lacking(job, threads_of(job))
+        left = left_of(job, lacking)
         for row in run_shards(job, left, make, len(shards_of(job))):
             summary = row["summary"]
         finish(job, json.loads(summary) if left else make().summary(), time.time() - started)
         log.say("finished")
 
 
-def _left(job: ShardJob, threads: int) -> tuple[list[int], Callable[[], Any]]:
-    """Returns the shards that are left, and what makes the function that does one."""
+def _lacking(job: ShardJob, threads: int) -> tuple[list[int], Callable[[], Any]]:
+    """Returns the shards that lack a file, and what makes the function that does one."""
     if isinstance(job, FeaturesJob):
         from kdscale.stages import features
 

@@ -8,10 +8,10 @@ Where Ray is not connected to a cluster, this machine is the cluster.
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -90,7 +90,10 @@ def diagnose(storage: str, tracking_uri: str | None) -> Diagnosis:
     across = (
         compare_versions(nodes),
         guarded("clocks", lambda: compare_clocks(clocks(alive))),
-        guarded("all-reduce", lambda: check_all_reduce(alive)),
+        *(
+            guarded(f"all-reduce by {backend}", partial(check_all_reduce, backend, pair))
+            for backend, pair in pairs(alive).items()
+        ),
     )
     return Diagnosis(nodes=tuple(nodes), across=across)
 
@@ -177,52 +180,59 @@ def compare_clocks(skews: Mapping[str, float]) -> Check:
     return Check(name="clocks", ok=ok, found=found, advice=advice)
 
 
-def check_all_reduce(alive: Sequence[dict[str, Any]]) -> Check:
+def pairs(alive: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Returns {backend: two nodes} that sums are to go between; one node twice if it is alone.
+
+    NCCL is tried where two nodes have GPUs.
+    """
+    with_gpus = [node for node in alive if node["Resources"].get("GPU")]
+    found = {"gloo": [*alive, *alive][:2] if len(alive) == 1 else list(alive[:2])}
+    return found | ({"nccl": with_gpus[:2]} if len(with_gpus) > 1 else {})
+
+
+def check_all_reduce(backend: str, nodes: Sequence[dict[str, Any]]) -> Check:
     """Sums a tensor over two processes, on two nodes where there are two."""
-    nodes = [*alive, *alive][:2] if len(alive) == 1 else list(alive[:2])
-    on_gpus = all(node["Resources"].get("GPU") for node in nodes) and len(alive) > 1
-    backend = "nccl" if on_gpus else "gloo"
-    host, port = ray.get(_on(nodes[0]).remote(_address), timeout=TASK_TIMEOUT_S)
-    tasks = [
-        _on(node)
-        .options(num_gpus=1 if on_gpus else 0)
-        .remote(_sum, backend, f"tcp://{host}:{port}", rank)
-        for rank, node in enumerate(nodes)
-    ]
+    places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+    own: dict[str, Any] = {"num_cpus": 0, "num_gpus": 1 if backend == "nccl" else 0}
+    members = [ray.remote(**own, scheduling_strategy=place)(Member).remote() for place in places]
+    address = ray.get(members[0].listen.remote(), timeout=TASK_TIMEOUT_S)
+    tasks = [member.add.remote(backend, rank, *address) for rank, member in enumerate(members)]
     sums = ray.get(tasks, timeout=TASK_TIMEOUT_S)
-    where = "between two nodes" if len(alive) > 1 else "between two processes of the only node"
+    alone = nodes[0]["NodeID"] == nodes[1]["NodeID"]
     ok = sums == [VALUE, VALUE]
     return Check(
-        name="all-reduce",
+        name=f"all-reduce by {backend}",
         ok=ok,
-        found=f"{backend} {where}",
+        found="between two processes of the only node" if alone else "between two nodes",
         advice="" if ok else "open all ports between the nodes, and set NCCL_SOCKET_IFNAME",
     )
 
 
-def _address() -> tuple[str, int]:
-    """Returns this node's address, and a port that is free now."""
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return ray.util.get_node_ip_address(), free.getsockname()[1]
+class Member:
+    """One of two processes that add, as the workers of a stage do."""
 
+    def listen(self) -> tuple[str, int]:
+        """Opens the store by which both find each other; returns where."""
+        from kdscale.stages import rendezvous  # with torch
 
-def _sum(backend: str, url: str, rank: int) -> float:
-    """Takes part in a sum of 1 and 2."""
-    from datetime import timedelta
+        address = ray.util.get_node_ip_address()
+        return address, rendezvous.listen(address)
 
-    import torch
-    import torch.distributed as dist
+    def add(self, backend: str, rank: int, address: str, port: int) -> float:
+        """Takes part in a sum of 1 and 2."""
+        import torch
+        import torch.distributed as dist
 
-    timeout = timedelta(seconds=TASK_TIMEOUT_S / 2)
-    dist.init_process_group(backend, init_method=url, rank=rank, world_size=2, timeout=timeout)
-    try:
-        device = "cuda" if backend == "nccl" else "cpu"
-        tensor = torch.tensor([float(rank + 1)], device=device)
-        dist.all_reduce(tensor)
-        return float(tensor[0])
-    finally:
-        dist.destroy_process_group()
+        from kdscale.stages import rendezvous
+
+        rendezvous.join(rank, 2, address, port, backend, round(TASK_TIMEOUT_S / 2))
+        try:
+            device = "cuda" if backend == "nccl" else "cpu"
+            tensor = torch.tensor([float(rank + 1)], device=device)
+            dist.all_reduce(tensor)
+            return float(tensor[0])
+        finally:
+            dist.destroy_process_group()
 
 
 def print_diagnosis(found: Diagnosis, console: Console) -> None:

@@ -28,7 +28,10 @@ from kdscale.sweep.kept import is_finished
 from kdscale.sweep.plan import Stage
 from kdscale.sweep.tracked_facts import CURVES, Point, stage_params
 
-NOT_METRICS = {"step", "epoch", "ids", "attempt", "shards", "questions", "asked", "time"}
+NOT_METRICS = {
+    *("step", "epoch", "ids", "attempt", "time"),
+    *("shard", "shards", "block", "asked", "questions"),
+}
 MAX_ATTACHED_BYTES = 8 * 2**20
 MAX_METRICS_PER_CALL = 1000  # the server's limits
 MAX_PARAMS_PER_CALL = 100
