@@ -15,11 +15,13 @@ from kdscale.sweep.cluster import load_cluster
 from kdscale.sweep.cluster_check import check_config, read_config
 from kdscale.sweep.cluster_kube import rayjob
 from kdscale.sweep.cluster_ray import ray_on_aws, ray_on_this_machine
+from kdscale.sweep.spot_notice import METADATA, drain_this_node, wait_for_notice
 from kdscale.sweep.upload import find_upload, mebibytes
 from kdscale.terminal import console, guarded
 
 cluster_app = typer.Typer(no_args_is_help=True, help=__doc__)
 Source = Annotated[Path, typer.Option("--source", help="The cluster's description.")]
+NOTICE_S = 120.0  # what EC2 promises
 HEADER = (
     "# Made by `kdscale cluster render --kind {kind}` from {source}: change that file instead.\n"
 )
@@ -96,3 +98,17 @@ class _Plain(yaml.SafeDumper):
 def as_yaml(document: dict[str, Any]) -> str:
     """Returns a document as YAML, in its own order."""
     return yaml.dump(document, Dumper=_Plain, sort_keys=False, width=1000)
+
+
+@cluster_app.command("watch")
+def watch(
+    metadata: Annotated[str, typer.Option("--metadata", help="Where the node asks.")] = METADATA,
+    every_s: Annotated[float, typer.Option("--every", help="Seconds.", min=0.1)] = 5.0,
+) -> None:
+    """On a spot node: wait for the cloud's notice, and have Ray drain the node in time."""
+    left = wait_for_notice(metadata, every_s)
+    seconds = NOTICE_S if left is None else left
+    console.print(
+        f"this node goes in {seconds:.0f} s: its stages write a checkpoint", highlight=False
+    )
+    drain_this_node(seconds)

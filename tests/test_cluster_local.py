@@ -60,6 +60,7 @@ def test_a_cluster_gives_what_one_machine_gives(tmp_path: Path, sweep: str) -> N
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "without the token: 401" in done.stdout
+    assert "Usage: kdscale cluster watch" in done.stdout
     alone = tmp_path / "alone"
     command = [sys.executable, sweep, "--seeds", "0,1", "--storage", alone, *ONE_THREAD]
     subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)

@@ -7,12 +7,17 @@ set -euo pipefail
 code=$(cd "$(dirname "$0")/.." && pwd)
 home=~/.kdscale
 lock=$code/$1
-mkdir -p $home
+mkdir -p $home/bin
 touch $home/env.sh
 cat > $home/profile.sh <<END
 . $home/env.sh
-export PATH=$home/venv/bin:$HOME/.local/bin:\$PATH PYTHONPATH=$code
+export PATH=$home/bin:$home/venv/bin:$HOME/.local/bin:\$PATH PYTHONPATH=$code
 END
+cat > $home/bin/kdscale <<'END' # the code is not installed, it lies beside
+#!/bin/sh
+exec python -c 'from kdscale.cli import app; app(prog_name="kdscale")' "$@"
+END
+chmod +x $home/bin/kdscale
 grep -qxF ". $home/profile.sh" ~/.bashrc 2>/dev/null || echo ". $home/profile.sh" >> ~/.bashrc
 if [ -e ~/.ray/auth_token ]; then chmod 600 ~/.ray/auth_token; fi
 if cmp -s "$lock" $home/lock; then exit 0; fi

@@ -11,6 +11,7 @@ from kdscale.sweep.cluster import Cluster, Group, Node, resources_of
 CODE = "/kdscale"
 KEPT_AFTERWARDS_S = 600
 SPOT = {"karpenter.sh/capacity-type": "spot"}
+GRACE_S = 120  # of a spot pod; in all but the last seconds Ray drains it
 GPU_TAINT = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
 SHARED_MEMORY = {"name": "shm", "emptyDir": {"medium": "Memory"}}  # Ray's object store
 
@@ -74,12 +75,15 @@ def _pod(cluster: Cluster, name: str, node: Node | Group) -> dict[str, Any]:
     amounts = {"cpu": str(node.cpus), "memory": f"{node.memory_gib}Gi"}
     amounts |= {"nvidia.com/gpu": str(gpus)} if gpus else {}
     selector = {"node.kubernetes.io/instance-type": node.instance_type}
-    if isinstance(node, Group) and node.spot:
+    variables = cluster.environment()
+    is_spot = isinstance(node, Group) and node.spot
+    if is_spot:
         selector |= SPOT
+        variables |= {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(GRACE_S - 20)}
     container = {
         "name": name,
         "image": cluster.kubernetes.gpu_image if gpus else cluster.kubernetes.image,
-        "env": [{"name": key, "value": value} for key, value in cluster.environment().items()],
+        "env": [{"name": key, "value": value} for key, value in variables.items()],
         "resources": {"requests": amounts, "limits": amounts},
         "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}],
     }
@@ -89,6 +93,8 @@ def _pod(cluster: Cluster, name: str, node: Node | Group) -> dict[str, Any]:
         "containers": [container],
         "volumes": [SHARED_MEMORY],
     }
+    if is_spot:
+        spec["terminationGracePeriodSeconds"] = GRACE_S
     if gpus:
         spec["tolerations"] = [GPU_TAINT]
     return {"spec": spec}

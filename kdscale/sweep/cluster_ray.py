@@ -26,6 +26,11 @@ START_HEAD = (
     "--autoscaling-config=~/ray_bootstrap_config.yaml --disable-usage-stats"
 )
 START_WORKER = f"ulimit -n 65536; ray start --address=$RAY_HEAD_IP:{PORT}"
+# Hands the cloud's notice to Ray; the brackets keep pkill from finding its own command.
+WATCH = (
+    f"pkill -f '[k]dscale cluster watch'; nohup kdscale cluster watch > {HOME}/watch.log 2>&1 "
+    "< /dev/null &"
+)
 
 
 def ray_on_aws(cluster: Cluster) -> dict[str, Any]:
@@ -69,6 +74,7 @@ def ray_on_aws(cluster: Cluster) -> dict[str, Any]:
         "head_node_type": HEAD_TYPE,
         "available_node_types": types,
         **_shared(_setup(cluster.environment(), CPU_LOCK)),
+        "worker_start_ray_commands": ["ray stop", START_WORKER, WATCH],
     }
 
 

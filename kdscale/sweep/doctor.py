@@ -192,9 +192,9 @@ def pairs(alive: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 def check_all_reduce(backend: str, nodes: Sequence[dict[str, Any]]) -> Check:
     """Sums a tensor over two processes, on two nodes where there are two."""
-    places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
-    own: dict[str, Any] = {"num_cpus": 0, "num_gpus": 1 if backend == "nccl" else 0}
-    members = [ray.remote(**own, scheduling_strategy=place)(Member).remote() for place in places]
+    member = ray.remote(num_cpus=0, num_gpus=1 if backend == "nccl" else 0)(Member)
+    places: list[Any] = [NodeAffinitySchedulingStrategy(node["NodeID"], False) for node in nodes]
+    members = [member.options(scheduling_strategy=place).remote() for place in places]
     address = ray.get(members[0].listen.remote(), timeout=TASK_TIMEOUT_S)
     tasks = [member.add.remote(backend, rank, *address) for rank, member in enumerate(members)]
     sums = ray.get(tasks, timeout=TASK_TIMEOUT_S)
