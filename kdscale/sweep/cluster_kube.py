@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from importlib.metadata import version
 from typing import Any
 
@@ -28,7 +29,7 @@ def rayjob(cluster: Cluster, entrypoint: str) -> dict[str, Any]:
         "kind": "RayJob",
         "metadata": {"name": cluster.name, "namespace": cluster.kubernetes.namespace},
         "spec": {
-            "entrypoint": f"sh -c 'cd {CODE} && {entrypoint}'",
+            "entrypoint": f"sh -c {shlex.quote(f'cd {CODE} && {entrypoint}')}",
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": KEPT_AFTERWARDS_S,
             "rayClusterSpec": {
