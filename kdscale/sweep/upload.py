@@ -8,6 +8,7 @@ Ray says so only after it has packed everything, and does not say what is too bi
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -47,7 +48,7 @@ class Upload:
         return sorted(self.files.items(), key=lambda item: -item[1])[:NUM_NAMED]
 
     def superfluous(self) -> list[str]:
-        """Returns the fewest directories and files at the top without which the rest would fit.
+        """Returns lines for `.rayignore`: the fewest directories and files that must be left out.
 
         Python files are what a job needs: a directory that holds any is not named, but what in it
         is no Python file.
@@ -66,7 +67,7 @@ class Upload:
         for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
             if left <= self.cap_bytes:
                 break
-            named.append(name)
+            named.append(_literal(name))
             left -= size
         return named
 
@@ -109,6 +110,12 @@ def find_upload(root: Path) -> Upload:
     keeps_git_rules = os.environ.get(ray_constants.RAY_RUNTIME_ENV_IGNORE_GITIGNORE, "0") != "1"
     _dir_travel(root, list(excludes), add, include_gitignore=keeps_git_rules)
     return Upload(root, files, ray_constants.DASHBOARD_CLIENT_MAX_SIZE)
+
+
+def _literal(name: str) -> str:
+    """Returns the pattern that matches a name alone; blanks that a line loses match any sign."""
+    escaped = re.sub(r"[\\*?[\]]", r"\\\g<0>", name)
+    return re.sub(r"[\n\r]|\s+$", lambda blanks: "?" * len(blanks[0]), escaped)
 
 
 def mebibytes(size: int) -> str:
