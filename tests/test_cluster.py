@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import re
 import threading
 from collections.abc import Callable
 from copy import deepcopy
@@ -14,7 +15,9 @@ from typing import Any
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from typer.testing import CliRunner
 
+from kdscale.cli_cluster import cluster_app
 from kdscale.core.catalog import DATA, TEACHERS
 from kdscale.core.config import Distill, Embed, Execution
 from kdscale.core.nodes import GROWS_TO, NodeType, growth, on_gpus_for, with_growth
@@ -30,7 +33,6 @@ from kdscale.sweep.cluster_check import (
 from kdscale.sweep.cluster_kube import rayjob
 from kdscale.sweep.cluster_ray import ray_on_aws, ray_on_this_machine
 from kdscale.sweep.spot_notice import wait_for_notice
-from kdscale.sweep.upload import UploadTooBig, find_upload
 
 REPOSITORY = Path(__file__).parent.parent
 Config = dict[str, Any]
@@ -85,13 +87,13 @@ def test_gpus_are_spot_and_the_head_runs_no_stage(config: Config) -> None:
 
 def test_every_node_gets_the_same_variables_and_its_own_lock(config: Config) -> None:
     gpus = [config["available_node_types"][n]["worker_setup_commands"] for n in GPU_GROUPS]
-    setups = ["\n".join(commands) for commands in (config["setup_commands"], *gpus)]
-    variables = [exported(setup) for setup in setups]
+    setups = [config["setup_commands"], *gpus]
+    variables = [exported(commands) for commands in setups]
     assert variables[0] == variables[1] == variables[2]
     assert variables[0]["KDSCALE_STORAGE"] == "s3://ours/runs"
     assert variables[0]["MLFLOW_TRACKING_URI"].startswith("http://")
-    assert "requirements.lock" in setups[0]
-    assert all("requirements-gpu.lock" in setup for setup in setups[1:])
+    assert "requirements.lock" in setups[0][-1]
+    assert all("requirements-gpu.lock" in setup[-1] for setup in setups[1:])
 
 
 GPU_GROUPS = ("inference", "training")
@@ -127,9 +129,22 @@ def put(*path: Any, value: Any) -> Callable[[Config], None]:
 def without(old: str, new: str = "") -> Callable[[Config], None]:
     def change(config: Config) -> None:
         for holder in (config, *config["available_node_types"].values()):
-            for name in ("setup_commands", "worker_setup_commands", "head_start_ray_commands"):
+            for name in ("setup_commands", "worker_setup_commands", *STARTS):
                 if name in holder:
                     holder[name] = [command.replace(old, new) for command in holder[name]]
+
+    return change
+
+
+STARTS = ("head_start_ray_commands", "worker_start_ray_commands")
+
+
+def also(*path: str, command: str) -> Callable[[Config], None]:
+    def change(config: Config) -> None:
+        place: Any = config
+        for name in path[:-1]:
+            place = place[name]
+        place.setdefault(path[-1], []).append(command)
 
     return change
 
@@ -148,14 +163,19 @@ WORLD = {"FromPort": 22, "ToPort": 22, "IpRanges": [{"CidrIp": "0.0.0.0/0"}]}
             put(*NODE, "NetworkInterfaces", value=[{"AssociatePublicIpAddress": True}]),
             "training: AssociatePublicIpAddress",
         ),
-        (without("RAY_AUTH_MODE=token", "RAY_AUTH_MODE=disabled"), "head: .* RAY_AUTH_MODE=token"),
+        (without("RAY_AUTH_MODE=token", "A=b"), "head: its setup must .* RAY_AUTH_MODE=token"),
         (put("file_mounts", value={}), "auth_token"),
-        (without("host=127.0.0.1", "host=0.0.0.0"), "dashboard-host"),
+        (without("host=127.0.0.1", "host=0.0.0.0"), "start_ray_commands.1: --dashboard-host"),
+        (without("host=127.0.0.1", "host='0.0.0.0'"), "--dashboard-host=0.0.0.0"),
+        (without("host=127.0.0.1", 'host "::"'), "--dashboard-host=::"),
+        (without("ray start --head", "sh -c 'ray start --dashboard-host ::'"), "dashboard-host=::"),
+        (lambda config: config.pop(STARTS[0]), "head_start_ray_commands: give yours"),
         (put("idle_timeout_minutes", value=0), "idle_timeout_minutes"),
         (put("setup_commands", value=[]), "decode: .* KDSCALE_STORAGE"),
         (without("s3://ours/runs", "/data/runs"), "decode: /data/runs is this node's own disk"),
         (without("requirements-gpu.lock", "requirements.lock"), "training: .*requirements-gpu"),
-        (put("available_node_types", "training", "spot", value=True), "Ray's schema: .*spot"),
+        (without("bash ~/kdscale/tools/setup_node.sh", "echo"), "head: .* install requirements"),
+        (put("available_node_types", "training", "spot", value=True), "types.training: .*spot"),
         (put("head_node_type", value="nobody"), "head_node_type"),
         (put("provider", "type", value="gcp"), "gcp"),
     ],
@@ -167,6 +187,69 @@ def test_what_would_cost_or_leak_is_named(
     change(config)
     with pytest.raises(ClusterProblems, match=message):
         check_config(config, "cluster.yaml")
+
+
+DISABLED = "export RAY_AUTH_MODE=disabled"
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        (without("ray start", "RAY_AUTH_MODE=disabled ray start"), r"head_start_ray_commands\.1"),
+        (without("ray start", "RAY_AUTH_MODE='' ray start"), r"worker_start_ray_commands\.1"),
+        (also("setup_commands", command=DISABLED), r"setup_commands\.2"),
+        (also("initialization_commands", command=DISABLED), r"initialization_commands\.0"),
+        (also("head_setup_commands", command="unset RAY_AUTH_MODE"), r"head_setup_commands\.0"),
+        (also(*NODE[:2], "initialization_commands", command=DISABLED), r"training\.init.*\.0"),
+    ],
+)
+def test_no_command_may_set_another_mode_than_the_token(
+    config: Config, change: Callable[[Config], None], place: str
+) -> None:
+    config = deepcopy(config)
+    change(config)
+    with pytest.raises(ClusterProblems, match=f"{place}: set RAY_AUTH_MODE=token"):
+        check_config(config, "cluster.yaml")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put("provider", value=None), "provider: is null; give a value, or leave the field out"),
+        (put("provider", value="aws"), "provider: 'aws' is not of type 'object'; change it"),
+        (lambda config: config.pop("provider"), "the file: 'provider' is a required .*; give it"),
+        (put("setup_commands", value=None), "setup_commands: is null"),
+        (put("setup_commands", value=["ls", None]), r"setup_commands\.1: is null"),
+        (put("available_node_types", value=None), "available_node_types: is null"),
+        (lambda config: [config.pop(name) for name in TYPES], "available_node_types: give yours"),
+        (put(*NODE, "IamInstanceProfile", value=None), "IamInstanceProfile: is null"),
+        (put(*NODE, "NetworkInterfaces", value=["eni-1"]), r"NetworkInterfaces\.0: 'eni-1' is not"),
+        (lambda config: config[NODE[0]]["training"].pop(NODE[2]), "training: 'node_config' is a"),
+        (put(NODE[0], 1, value={}), "available_node_types: the name 1 is no text; .* quotes"),
+        (put("file_mounts", value=None), "file_mounts: is null"),
+        (put("file_mounts", "~/x", value=5), "file_mounts.~/x: 5 is not of type 'string'"),
+    ],
+)
+def test_what_is_null_or_of_another_type_is_named(
+    config: Config, change: Callable[[Config], None], message: str
+) -> None:
+    config = deepcopy(config)
+    change(config)
+    assert re.search(message, "\n".join(problems(config)))
+
+
+TYPES = ("available_node_types", "head_node_type")
+
+
+def test_ray_s_remarks_are_kept_from_the_terminal(config: Config, tmp_path: Path) -> None:
+    sent = {"~/x": str(REPOSITORY / "requirements.lock")}  # a file: Ray says what Docker would do
+    file = tmp_path / "cluster.yaml"
+    file.write_text(json.dumps(config | {"file_mounts": config["file_mounts"] | sent}))
+    asked = CliRunner().invoke(cluster_app, ["check", str(file)], env={"COLUMNS": "400"})
+    assert asked.output == f"{file}: nothing public, one storage, one lock for all\n"
+    local = {"type": "local", "head_ip": "127.0.0.1", "worker_ips": []}
+    (found,) = problems(config | {"provider": local})
+    assert found == "Ray: The field available_node_types is not supported for on-premise clusters."
 
 
 def test_a_node_without_a_role_cannot_reach_an_object_store(config: Config) -> None:
@@ -328,44 +411,3 @@ def test_clusters_that_do_not_tell_gpus_apart_are_asked_for_none(
     monkeypatch.setenv(GROWS_TO, "many")
     with pytest.raises(ConfigError, match="many"):
         growth()
-
-
-@pytest.fixture
-def project(tmp_path: Path) -> Path:
-    """A directory with code, and what must not be sent with it."""
-    for name, size in (("sweep.py", 400), ("lib/a.py", 300), (".git/pack", 10**6), ("runs/x", 900)):
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(b"x" * size)
-    (tmp_path / ".gitignore").write_text("runs/\n")
-    return tmp_path
-
-
-def test_what_is_sent_is_what_ray_packs(project: Path, tmp_path_factory: Any) -> None:
-    from ray._private.ray_constants import get_runtime_env_default_excludes
-    from ray._private.runtime_env.packaging import create_package
-
-    upload = find_upload(project)
-    upload.check()
-    assert upload.files.keys() == {"sweep.py", "lib/a.py", ".gitignore"}
-    package = tmp_path_factory.mktemp("packed") / "package.zip"
-    excludes = get_runtime_env_default_excludes()
-    create_package(str(project), package, include_gitignore=True, excludes=excludes)
-    assert upload.size_bytes == pytest.approx(package.stat().st_size, abs=100)
-
-
-def test_what_is_too_big_is_named_and_may_be_left_out(project: Path) -> None:
-    for name in ("shards/00000.tar", "lib/weights.pt"):
-        path = project / name
-        path.parent.mkdir(exist_ok=True)
-        with path.open("wb") as file:
-            file.truncate(120 << 20)  # a hole: it takes no room
-    with pytest.raises(UploadTooBig, match=r"(?s)240\.0 MiB .* takes 100\.0 MiB") as found:
-        find_upload(project).check()
-    assert "shards/00000.tar" in str(found.value)
-    names = find_upload(project).superfluous()
-    assert sorted(names) == ["/lib/weights.pt", "/shards/"]
-    (project / ".rayignore").write_text("\n".join(names))
-    find_upload(project).check()
-    with pytest.raises(ConfigError, match="no directory"):
-        find_upload(project / "sweep.py")
