@@ -179,7 +179,7 @@ def test_one_who_judged_long_ago_does_not_replace_a_newcomer(tmp_path: Path) -> 
         if before.number + 1 == lease._number:
             lease.__enter__().__exit__()
     late = Lease(stage, before.number + 1)
-    assert stage.storage.create(lease_module._beat(late.token), *stage.parts, "LEASE-2")
+    assert stage.storage.create(late._beat(), *stage.parts, "LEASE-2")
     assert not late._follows(before)
 
 
@@ -216,14 +216,36 @@ def test_who_waited_sees_that_the_stage_is_done(
     stage = StageStore(storage, "distill", "k" * 16)
     acquire = Lease.acquire.__func__  # pyright: ignore
 
-    def finished_meanwhile(cls: Any, wanted: StageStore, run: str) -> Lease | None:
+    def finished_meanwhile(cls: Any, wanted: StageStore, *rest: Any) -> Lease | None:
         stage.finish({"by": "another"})
-        return acquire(cls, wanted, run)
+        return acquire(cls, wanted, *rest)
 
     monkeypatch.setattr(Lease, "acquire", classmethod(finished_meanwhile))
     run_stages([_planned(stage)], storage)
     assert stage.record() == {"by": "another"}
     assert not Lease.is_left(stage)
+
+
+def test_of_a_path_whose_leases_are_held_only_the_first_stage_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Storage(str(tmp_path))
+    stages = [StageStore(storage, "distill", name * 16) for name in "kl"]
+    acquire = Lease.acquire.__func__  # pyright: ignore
+    states: list[str] = []
+
+    def look(cls: Any, wanted: StageStore, *rest: Any) -> Lease | None:
+        lease = acquire(cls, wanted, *rest)
+        if wanted.key == stages[1].key:
+            states.extend(map(_state, stages))
+            stages[0].finish({})
+            states.append(_state(stages[1]))
+            stages[1].finish({})
+        return lease
+
+    monkeypatch.setattr(Lease, "acquire", classmethod(look))
+    run_stages([_planned(stage) for stage in stages], storage)
+    assert states == ["running", "waiting", "running"]
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EBUSY])

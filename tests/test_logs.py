@@ -8,19 +8,23 @@ import sys
 import threading
 import time
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from studies import Study, make_sweep, recipe
 from typer.testing import CliRunner
 
 from kdscale.cli import app
 from kdscale.core import stage_log
 from kdscale.core.journal import JournalWriter
+from kdscale.core.lease import Lease
 from kdscale.core.stage_log import LogReader, StageLog
 from kdscale.core.storage import StageStore, Storage
 from kdscale.core.types import StageStopped
-from kdscale.sweep.logs import follow_logs
+from kdscale.sweep.logs import follow_logs, state_line
+from kdscale.sweep.status import look
 
 
 @pytest.fixture
@@ -170,6 +174,24 @@ def test_the_command_shows_log_journal_and_failure(stage: StageStore) -> None:
     code, text = run("3fa", "--storage", stage.storage.root)
     assert code == 2
     assert "may be distill 3fa9c0de00000000, embed 3fa8" in text
+
+
+def test_the_log_of_a_stage_whose_turn_has_not_come_says_what_status_says(tmp_path: Path) -> None:
+    study = Study(tmp_path, [make_sweep(stages=[recipe(teacher="clip_b16")], baseline=None)])
+    teacher, student = (stage.store(study.storage) for stage in study.plan.stages.values())
+    with ExitStack() as leases:
+        for held, before in ((teacher, None), (student, teacher)):
+            lease = Lease.acquire(held, after=before)
+            assert lease is not None
+            leases.enter_context(lease)
+        status = look(study.plan)
+        assert [each.state for each in status.stages] == ["running", "waiting"]
+        assert status.at_once == 1
+        code, text = run(student.key, "--storage", study.storage.root)
+        assert (code, text.splitlines()[-1]) == (0, f"distill {student.key}: waiting")
+        teacher.finish({})
+        assert [each.state for each in look(study.plan).stages] == ["done", "running"]
+        assert state_line(student) == f"distill {student.key}: running"
 
 
 def test_following_shows_each_line_once_until_the_stage_is_done(stage: StageStore) -> None:

@@ -48,20 +48,26 @@ class Lease:
     Use `Lease.acquire`; leave the `with` block to release it.
     """
 
-    def __init__(self, stage: StageStore, number: int, run: str = "") -> None:
+    def __init__(
+        self, stage: StageStore, number: int, run: str = "", after: StageStore | None = None
+    ) -> None:
         self._stage, self._number = stage, number
+        self._more = {} if after is None else {"after": [after.kind, after.key]}
         self.token = ".".join(filter(None, (run, uuid.uuid4().hex)))
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep, daemon=True, name="lease")
 
     @classmethod
-    def acquire(cls, stage: StageStore, run: str = "") -> Lease | None:
+    def acquire(
+        cls, stage: StageStore, run: str = "", after: StageStore | None = None
+    ) -> Lease | None:
         """Returns the lease, or None while another living writer holds it.
 
         Args:
             stage: What is to be written.
             run: Name of the driver's run, with which the lease's token begins; it may be asked
                 to stop as a whole (`kdscale.core.stop`).
+            after: What the same writer does just before it, None where it begins at once.
 
         A holder is taken for dead when it ran on this host and its process is gone, or when its
         heartbeat has stood still for `LEASE_TIMEOUT_S` (watched for on this host's clock, so
@@ -72,8 +78,8 @@ class Lease:
         before = _newest(stage)
         if before.number and not _is_dead(stage, before):
             return None
-        lease = cls(stage, before.number + 1, run)
-        created = stage.storage.create(_beat(lease.token), *_place(stage, lease._number))
+        lease = cls(stage, before.number + 1, run, after)
+        created = stage.storage.create(lease._beat(), *_place(stage, lease._number))
         if created and not stage.storage.is_local:
             time.sleep(SETTLE_S)  # of two that create at once all the same, the last one keeps it
         if lease._follows(before):
@@ -95,6 +101,12 @@ class Lease:
         if holder.get("host") == _host():
             return _process_start(holder["pid"]) == holder["started"]
         return time.time_ns() - holder.get("beat", 0) < LEASE_TIMEOUT_S * 1e9
+
+    @staticmethod
+    def waits(stage: StageStore) -> bool:
+        """Tells whether the stage's holder does another one before it; for display only."""
+        after = _newest(stage).beat.get("after")
+        return after is not None and not StageStore(stage.storage, *after).is_done()
 
     @staticmethod
     def is_left(stage: StageStore) -> bool:
@@ -127,10 +139,20 @@ class Lease:
             try:
                 if _newest(self._stage).token != self.token:
                     return
-                beat = _beat(self.token)
-                self._stage.storage.write(beat, *_place(self._stage, self._number))
+                self._stage.storage.write(self._beat(), *_place(self._stage, self._number))
             except (OSError, StorageError):
                 continue
+
+    def _beat(self) -> bytes:
+        """Encodes a heartbeat: who, where, a counter that changes, and what is done before."""
+        beat = {
+            "token": self.token,
+            "host": _host(),
+            "pid": os.getpid(),
+            "started": _process_start(os.getpid()),
+            "beat": time.time_ns(),
+        }
+        return json.dumps(beat | self._more).encode()
 
 
 def clear(stage: StageStore) -> None:
@@ -197,19 +219,6 @@ def _read(stage: StageStore, number: int) -> _Holder:
         return _Holder()
     except ValueError:
         return _Holder(number)
-
-
-def _beat(token: str) -> bytes:
-    """Encodes a heartbeat: who, where, and a counter that changes."""
-    return json.dumps(
-        {
-            "token": token,
-            "host": _host(),
-            "pid": os.getpid(),
-            "started": _process_start(os.getpid()),
-            "beat": time.time_ns(),
-        }
-    ).encode()
 
 
 def _host() -> str:

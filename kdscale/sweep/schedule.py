@@ -35,7 +35,7 @@ from kdscale.core.nodes import growth, on_gpus_for, with_growth
 from kdscale.core.signals import notice_kept
 from kdscale.core.stage_log import logs_command
 from kdscale.core.stop import check_stop, forget_stop
-from kdscale.core.storage import Storage
+from kdscale.core.storage import StageStore, Storage
 from kdscale.core.types import (
     KdscaleError,
     LeaseLost,
@@ -304,12 +304,14 @@ def run_stages(path: Sequence[Stage], storage: Storage, run: str = "") -> None:
     while pending := _unfinished(path, storage):
         with ExitStack() as leases, suppress(LeaseLost):  # then another writer is waited for
             tokens: list[str] = []
-            for stage in pending:
-                check_stop(stage.store(storage), run)
-                lease = Lease.acquire(stage.store(storage), run)
+            before: StageStore | None = None
+            for store in (stage.store(storage) for stage in pending):
+                check_stop(store, run)
+                lease = Lease.acquire(store, run, before)
                 if lease is None:
                     break
                 tokens.append(leases.enter_context(lease).token)  # it beats from here on
+                before = store
             else:
                 # Whoever held a lease before may have finished: only now nobody else can.
                 if _unfinished(path, storage) == pending:

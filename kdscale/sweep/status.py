@@ -18,7 +18,7 @@ from kdscale.core.stage_log import logs_command
 from kdscale.core.stop import stopped
 from kdscale.core.storage import StageStore, Storage
 from kdscale.core.types import StorageError
-from kdscale.sweep.budget import done_share, running_stages
+from kdscale.sweep.budget import done_share
 from kdscale.sweep.kept import is_finished
 from kdscale.sweep.plan import Plan
 from kdscale.sweep.progress import describe_line, priced, print_to_choose
@@ -122,11 +122,8 @@ class SweepStatus:
 def look(plan: Plan) -> SweepStatus:
     """Reads how far every stage of a plan is."""
     found: list[tuple[Stage, str, str, list[Line], float]] = []
-    runs = {stage.key for stage in running_stages(plan)}
     for stage in plan.stages.values():
         state, detail = stage_state(stage, plan.storage)
-        if state == "running" and stage.key not in runs:
-            state = "waiting"  # its trial has begun, and does another stage first
         lines: list[Line] = []
         if state != "done":
             lines = JournalReader(stage.store(plan.storage)).new_lines()
@@ -146,7 +143,8 @@ def look(plan: Plan) -> SweepStatus:
             data_wait=last.get("data_wait"),
         )
         stages.append(status)
-    return SweepStatus(plan=plan, stages=tuple(stages), at_once=len(runs))
+    at_once = sum(state == "running" for _, state, *_ in found)
+    return SweepStatus(plan=plan, stages=tuple(stages), at_once=at_once)
 
 
 class _Paces:
@@ -201,7 +199,7 @@ def unfinished_state(store: StageStore, total_steps: int | None = None) -> tuple
     lines = read_steps(store)
     detail = describe_line(lines[-1], total_steps) if lines else ""
     if Lease.seems_held(store):
-        return "running", detail
+        return "waiting" if Lease.waits(store) else "running", detail
     note = stopped(store)
     if note is not None:
         value = _last_evaluation(lines)
