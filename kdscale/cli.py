@@ -21,6 +21,7 @@ from kdscale.cli_data import data_app
 from kdscale.cli_doctor import doctor
 from kdscale.cli_evaluate import evaluate
 from kdscale.cli_export import export
+from kdscale.cli_gc import collect_garbage
 from kdscale.cli_logs import logs
 from kdscale.cli_plan import (
     AcceleratorName,
@@ -92,10 +93,6 @@ Page = Annotated[
     Path | None, typer.Option("--out", help="Markdown page whose blocks are written anew.")
 ]
 EveryStage = Annotated[bool, typer.Option("--all", help="Stages that are done or wait, too.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")]
-OlderThan = Annotated[
-    float, typer.Option("--older-than", help="Days since it was last written.", min=0)
-]
 ResumeStopped = Annotated[
     bool, typer.Option("--resume-stopped", help="Go on with trials that a scheduler stopped.")
 ]
@@ -334,31 +331,6 @@ def show_status(
         print(json.dumps(status.document(), indent=2))
     else:
         print_status(status, console, every_stage=every_stage)
-
-
-def collect_garbage(
-    request: Request,
-    *,
-    dry_run: DryRun = False,
-    older_than: OlderThan = 7.0,
-    yes: Yes = False,
-) -> None:
-    """Remove stages that none of these sweeps needs, and what killed runs have left behind.
-
-    Give every sweep that still matters: what their plans reach is kept.
-    """
-    from kdscale.sweep.gc import DAY_S, find_garbage, print_garbage, print_young, remove
-
-    every, least_s = find_garbage(request.plan(), older_than_s=0.0), older_than * DAY_S
-    found = [one for one in every if one.age_s >= least_s]
-    print_garbage(found, request.storage, console)
-    print_young([one for one in every if one.age_s < least_s], older_than, console)
-    if not found or dry_run:
-        return
-    if not yes:
-        typer.confirm("Remove?", abort=True, err=True)
-    removed = remove(found)
-    console.print(f"removed {len(removed)}, {sum(one.size for one in removed) / 1e6:,.1f} MB")
 
 
 def walk_sweeps(request: Request) -> None:

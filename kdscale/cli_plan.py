@@ -92,8 +92,8 @@ def make_room(
 
 
 # What only other commands than `run` take, or `run` is to be told only once.
-FLAGS = ("--redo-dependants", "--yes", "--json", "--paper", "--all", "--dry-run")
-VALUED = ("--redo", "--why", "--out", "--older-than")
+FLAGS = ("--redo-dependants", "--yes", "--json", "--paper", "--all", "--dry-run", "--finished")
+VALUED = ("--redo", "--why", "--out", "--older-than", "--keep")
 
 
 def to_run_again(options: Sequence[str]) -> list[str]:

@@ -345,6 +345,9 @@ def test_the_command_of_a_report_does_nothing_again() -> None:
         "--redo=3fa9",
         "--redo-dependants",
         "--yes",
+        "--keep",
+        "other.json",
+        "--finished",
         "--set",
         "x=1",
     ]

@@ -1,15 +1,18 @@
 """Garbage of a storage: stages that no sweep needs, and what killed processes have left.
 
 A stage is found by its key, so a recipe that was changed leaves the stages of its former text
-behind. Only the user knows which sweeps still matter: what their plans reach is kept.
+behind. Only the user knows which sweeps still matter: what their plans reach is kept, and what
+written plans name, which are those with other options (another scale, other fields set).
 """
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
@@ -17,12 +20,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from kdscale.core.lease import Lease, clear
-from kdscale.core.storage import StageStore, Storage
-from kdscale.core.types import StorageError
+from kdscale.core.storage import StageStore
+from kdscale.core.types import ConfigError, StorageError
 from kdscale.sweep.plan import Plan
+from kdscale.sweep.why import compared, field_name, finished_record
 
 CHECKPOINTS = "checkpoints"
 DAY_S = 86_400.0
+MAX_FIELDS = 3
 Why = Literal["no sweep needs it", "never finished", "checkpoints of a finished stage"]
 
 
@@ -44,8 +49,13 @@ class Garbage:
     size: int
     age_s: float
 
+    @property
+    def is_result(self) -> bool:
+        """Whether it is a finished stage."""
+        return self.why == "no sweep needs it"
 
-def find_garbage(plan: Plan, *, older_than_s: float) -> list[Garbage]:
+
+def find_garbage(plan: Plan, *, older_than_s: float, kept: Collection[str] = ()) -> list[Garbage]:
     """Finds what the sweeps of a plan do not need.
 
     Stages that a living process writes are no garbage, whatever their age.
@@ -53,16 +63,17 @@ def find_garbage(plan: Plan, *, older_than_s: float) -> list[Garbage]:
     Args:
         plan: Of every sweep that still matters.
         older_than_s: Only what was last written so long ago.
+        kept: Keys of stages that are needed beside.
 
     Returns:
         What can be removed, the largest first.
     """
     found: list[Garbage] = []
-    storage, now = plan.storage, time.time()
+    storage, now, needed = plan.storage, time.time(), {*plan.stages, *kept}
     for kind in storage.names("stages"):
         for key in storage.names("stages", kind):
             store = StageStore(storage, kind, key)
-            why = _why(store, needed=key in plan.stages)
+            why = _why(store, needed=key in needed)
             if why is None or Lease.seems_held(store):
                 continue
             part = CHECKPOINTS if why == "checkpoints of a finished stage" else ""
@@ -71,6 +82,38 @@ def find_garbage(plan: Plan, *, older_than_s: float) -> list[Garbage]:
                 age = now - newest
                 found.append(Garbage(store=store, part=part, why=why, size=size, age_s=age))
     return sorted(found, key=lambda one: (-one.size, one.store.key))
+
+
+def kept_keys(files: Sequence[Path]) -> set[str]:
+    """Returns the keys of all stages of written plans.
+
+    Args:
+        files: What `kdscale plan --json` has written.
+
+    Raises:
+        ConfigError: One is no such plan, or was made without its data.
+    """
+    return {key for file in files for key in _keys_in(file)}
+
+
+def _keys_in(file: Path) -> set[str]:
+    """Returns the keys of all stages of a written plan; errors as of `kept_keys`."""
+    how = "write it by `kdscale plan SWEEP.py --json > PLAN.json`, with the options of its run"
+    try:
+        document = json.loads(file.read_bytes())
+        keys = {stage["key"] for stage in document["stages"]}
+        used = {key for trial in document["trials"] for key in trial["stages"]}
+        missing = document["cost"]["missing"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--keep {file} is no plan: {how}") from error
+    if not used or not used <= keys:
+        raise ConfigError(f"--keep {file} is no whole plan: {how}")
+    if missing:
+        raise ConfigError(
+            f"--keep {file} was planned without its data, so that its keys are not those of a run "
+            f"({missing[0]}): {how}"
+        )
+    return keys
 
 
 def _why(store: StageStore, *, needed: bool) -> Why | None:
@@ -83,7 +126,7 @@ def _why(store: StageStore, *, needed: bool) -> Why | None:
 
 
 def remove(garbage: Sequence[Garbage]) -> list[Garbage]:
-    """Removes garbage; what another process has begun to write meanwhile stays.
+    """Removes garbage; what another process has begun or finished meanwhile stays.
 
     Returns:
         What was removed.
@@ -96,6 +139,8 @@ def remove(garbage: Sequence[Garbage]) -> list[Garbage]:
             if lease is None:
                 continue
             leases.enter_context(lease)
+            if one.why == "never finished" and one.store.is_done():
+                continue
             if one.part:
                 storage.remove(*parts, one.part)
             else:
@@ -114,27 +159,74 @@ def name_of(store: StageStore) -> str:
         return ""
 
 
-def print_garbage(garbage: Sequence[Garbage], storage: Storage, console: Console) -> None:
-    """Prints what was found."""
+def other_fields(store: StageStore, plan: Plan) -> list[str]:
+    """Returns what distinguishes a finished stage from the plan's nearest of its kind and name.
+
+    Empty where the plan has none, or the stage says too little of itself.
+    """
+    record = finished_record(store.storage, store.kind, store.key) or {}
+    named = [
+        compared(stage, record).differences
+        for stage in plan.stages.values()
+        if record and (stage.kind, stage.name) == (store.kind, record.get("name"))
+    ]
+    fields = [field_name(found.field) for found in min(named, key=len, default=())]
+    return sorted(fields, key=lambda field: field.count("."))
+
+
+def print_garbage(
+    garbage: Sequence[Garbage], taken: Sequence[Garbage], plan: Plan, console: Console
+) -> None:
+    """Prints what was found, and how results are kept where there are some.
+
+    Args:
+        garbage: What was found.
+        taken: What of it is to be removed.
+        plan: What it was compared with.
+        console: Where to.
+    """
     if not garbage:
-        console.print(f"nothing to remove from {storage.root}")
+        console.print(f"nothing to remove from {plan.storage.root}")
         return
     table = Table("stage", "key", "name", "why", "MB", "days old", title="Garbage")
     for one in garbage:
         what = f"{one.store.kind}/{one.part}" if one.part else one.store.kind
         size, age = f"{one.size / 1e6:,.1f}", f"{one.age_s / DAY_S:.1f}"
-        table.add_row(what, one.store.key, escape(name_of(one.store)), one.why, size, age)
+        name, why = name_of(one.store), one.why + _in_brackets(one, plan)
+        table.add_row(what, one.store.key, escape(name), escape(why), size, age)
     console.print(table)
-    total = sum(one.size for one in garbage)
-    console.print(f"{len(garbage)} to remove, {total / 1e6:,.1f} MB")
+    console.print(f"{len(taken)} to remove, {_size(taken)}")
+    results = [one for one in garbage if one.is_result]
+    if results:
+        count = "1 finished stage" if len(results) == 1 else f"{len(results)} finished stages"
+        rest = "" if results[0] in taken else ", so that they stay: --finished takes them, too"
+        console.print(
+            f"{count} ({_size(results)}) no plan names{rest}. To keep results of another --scale, "
+            "--set, --seeds or --data: `kdscale plan SWEEPS OPTIONS --json > PLAN.json`, and here "
+            "--keep PLAN.json",
+            highlight=False,
+        )
+
+
+def _in_brackets(one: Garbage, plan: Plan) -> str:
+    """Says what is other about a finished stage than about the needed one of its name."""
+    fields = other_fields(one.store, plan) if one.is_result else []
+    if not fields:
+        return ""
+    more = f" and {len(fields) - MAX_FIELDS} more" if len(fields) > MAX_FIELDS else ""
+    return f" (other {', '.join(fields[:MAX_FIELDS])}{more})"
+
+
+def _size(garbage: Sequence[Garbage]) -> str:
+    """Writes how much it is together."""
+    return f"{sum(one.size for one in garbage) / 1e6:,.1f} MB"
 
 
 def print_young(young: Sequence[Garbage], days: float, console: Console) -> None:
     """Says how much stays since it was written within so many days."""
     if young:
         count = f"{len(young)} unneeded {'stage' if len(young) == 1 else 'stages'}"
-        size = sum(one.size for one in young) / 1e6
         console.print(
-            f"{count} ({size:,.1f} MB) written within {days:g} days stay: --older-than takes them, "
+            f"{count} ({_size(young)}) written within {days:g} days stay: --older-than takes them, "
             "with fewer days"
         )

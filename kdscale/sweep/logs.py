@@ -30,7 +30,10 @@ def print_logs(stage: StageStore, console: Console) -> None:
         for line in lines:
             _print(console, line)
     if not found:
-        _print(console, "no log: it has not begun, its processes said nothing, or an older version ran it")
+        _print(
+            console,
+            "no log: it has not begun, has said nothing, or an older version ran it",
+        )
     for lines in _attempts(stage).values():
         _print(console, f"-- journal, {len(lines)} lines", "cyan")
         for line in dict.fromkeys((0, len(lines) - 1)):

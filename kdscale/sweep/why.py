@@ -94,7 +94,7 @@ class Why:
         tree = Tree(self._head())
         for found in self.differences[:MAX_SHOWN]:
             values = escape(f"{_short(found.there)} -> {_short(found.here)}")
-            branch = tree.add(f"[bold]{_name(found.field)}[/]  {values}")
+            branch = tree.add(f"[bold]{field_name(found.field)}[/]  {values}")
             if found.cause is not None:
                 branch.add(found.cause.tree(shown))
         if len(self.differences) > MAX_SHOWN:
@@ -166,7 +166,7 @@ class _Finished:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._record = cache(partial(_record, plan.storage))
+        self._record = cache(partial(finished_record, plan.storage))
         self._answers: dict[str, Why] = {}
 
     def why(self, stage: Stage) -> Why:
@@ -180,7 +180,7 @@ class _Finished:
         if stage.reused or stage.note:
             return Why(stage=stage, note=stage.note)
         candidates = [
-            _compared(stage, record)
+            compared(stage, record)
             for name in self._plan.storage.names("stages", stage.kind)
             if name != stage.key and (record := self._record(stage.kind, name)) is not None
         ]
@@ -211,7 +211,7 @@ class _Finished:
         if key not in self._plan.stages:
             return None
         record = self._record(kind, other)
-        return None if record is None else _compared(self._plan.stages[key], record)
+        return None if record is None else compared(self._plan.stages[key], record)
 
     def _followed(self, why: Why) -> Why:
         """Adds the causes of its differences."""
@@ -230,7 +230,7 @@ class _Finished:
         return None if below is None else self._followed(below)
 
 
-def _record(storage: Storage, kind: str, key: str) -> dict[str, Any] | None:
+def finished_record(storage: Storage, kind: str, key: str) -> dict[str, Any] | None:
     """Reads what a finished stage says of itself, None where there is none or it says too little.
 
     A stage that is being removed may vanish meanwhile.
@@ -243,7 +243,7 @@ def _record(storage: Storage, kind: str, key: str) -> dict[str, Any] | None:
     return record | {"key": key} if "recipe" in record else None
 
 
-def _compared(stage: Stage, record: Mapping[str, Any]) -> Why:
+def compared(stage: Stage, record: Mapping[str, Any]) -> Why:
     """Compares a planned stage with the record of a finished one, inputs by their names alone."""
     here, there, note = dict(stage.identity), _identity(record), ""
     if "version" not in there:
@@ -296,7 +296,7 @@ def _inputs(found: Difference) -> tuple[str, str, str] | None:
     return None if new is None or old is None else (new[3], old[1] or old[2], old[3])
 
 
-def _name(field: str) -> str:
+def field_name(field: str) -> str:
     """Names a field as a person would."""
     if field == "version":
         return "version of the stage's code"
