@@ -37,7 +37,7 @@ from kdscale.sweep.tracking import default_tracking_uri
 SAMPLE_EVERY_S = 2.0
 WARM_UP = 1 / 3
 LONG_S = 900.0
-NAMES = {"raylet": "raylet/raylet", "gcs": "gcs_server", "Ray's agent": "agent.py"}
+PROGRAMS = {"raylet": "raylet", "gcs": "gcs_server", "Ray's agent": "ray::DashboardAgent"}
 
 
 @dataclass
@@ -65,33 +65,31 @@ class Verdict:
 
 
 class Monitor(threading.Thread):
-    """Notes every few seconds what this process and Ray's hold."""
+    """Notes every few seconds what this process and Ray's hold; Ray has to be running."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
+        self.processes = {"driver, MLflow's client in it": os.getpid(), **rays_own()}
         self.series: dict[str, Series] = {}
         self.stop = threading.Event()
 
     def run(self) -> None:
-        processes = {"driver, MLflow's client in it": os.getpid(), **_ray()}
         began = time.monotonic()
         while not self.stop.wait(SAMPLE_EVERY_S):
-            for name, pid in processes.items():
+            for name, pid in self.processes.items():
                 found, series = held(pid), self.series.setdefault(name, Series())
                 series.times.append(time.monotonic() - began)
                 series.memory.append(found.resident_mib)
                 series.files.append(found.files)
 
 
-def _ray() -> dict[str, int]:
-    """Finds Ray's own processes below this one."""
+def rays_own() -> dict[str, int]:
+    """Finds Ray's own processes below this one, by their programs or the titles they have."""
     below = children(os.getpid())
-    found: dict[str, int] = {}
-    for name, part in NAMES.items():
-        for pid, command in below.items():
-            if part in command:
-                found.setdefault(name, pid)
-    return found
+    programs = {Path(command.partition(" ")[0]).name: pid for pid, command in below.items()}
+    if absent := [program for program in PROGRAMS.values() if program not in programs]:
+        sys.exit(f"no process of Ray's is called {' or '.join(absent)}; there are: {below}")
+    return {name: programs[program] for name, program in PROGRAMS.items()}
 
 
 def judge(times: Sequence[float], values: Sequence[float], least: float) -> Verdict:
@@ -129,10 +127,11 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=2, help="of a sweep")
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/kdscale-bench"))
     options = parser.parse_args()
-    scale, monitor, rounds = tiny_scale(options.scratch), Monitor(), 0
+    scale, rounds = tiny_scale(options.scratch), 0
     with tempfile.TemporaryDirectory() as root:
         start_ray()
         one_round(0, root, scale, options.trials)  # imports, and Ray's processes
+        monitor = Monitor()
         monitor.start()
         began = time.monotonic()
         while time.monotonic() - began < 60 * options.minutes:
