@@ -92,7 +92,7 @@ def test_young_garbage_is_counted(own: str, tmp_path: Path) -> None:
     assert "2 unneeded stages (0.0 MB) written within 7 days stay: --older-than" in text
     text = flat(said("gc", own, "--storage", root, "--older-than", "0", "--dry-run"))
     assert "0 to remove" in text
-    assert "2 finished stages (0.0 MB) no plan names, so that they stay" in text
+    assert "no plan names 2 finished stages (0.0 MB); only --finished removes such" in text
     assert "written within" not in text
 
 

@@ -137,7 +137,7 @@ def test_results_of_another_setting_are_named_and_stay(own):
     code, text = said(*line)
     assert (code, "0 to remove" in text) == (0, True)
     assert "(other lr)" in text
-    assert "--finished takes them" in text
+    assert "only --finished removes" in text
     assert "--keep PLAN.json" in text
     code, text = said(*line, "--finished")
     assert (code, "removed 1," in text) == (0, True)

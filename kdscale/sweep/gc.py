@@ -199,9 +199,9 @@ def print_garbage(
     results = [one for one in garbage if one.is_result]
     if results:
         count = "1 finished stage" if len(results) == 1 else f"{len(results)} finished stages"
-        rest = "" if results[0] in taken else ", so that they stay: --finished takes them, too"
+        stay = "" if results[0] in taken else "; only --finished removes such"
         console.print(
-            f"{count} ({_size(results)}) no plan names{rest}. To keep results of another --scale, "
+            f"no plan names {count} ({_size(results)}){stay}. To keep results of another --scale, "
             "--set, --seeds or --data: `kdscale plan SWEEPS OPTIONS --json > PLAN.json`, and here "
             "--keep PLAN.json",
             highlight=False,
