@@ -461,3 +461,13 @@ def test_a_reached_limit_has_an_exit_code_of_its_own() -> None:
     with pytest.raises(typer.Exit) as left, guarded():
         raise LimitReached("the limit of 2 GPU-hours is reached")
     assert left.value.exit_code == 3
+
+
+def test_an_execution_that_is_set_reaches_every_stage(tmp_path: Path) -> None:
+    distill = Distill(student="vit_t16", teacher="clip_l14", loss="clip_kd")
+    vlm = Vlm(vision=distill.output, llm="qwen2_0_5b", questions="scenes")
+    overrides = {"run": {"threads_per_worker": 3}}
+    plan = make_plan([Sweep(name="s", stages=[vlm])], Storage(str(tmp_path)), MINI, overrides)
+    found = {(stage.kind, stage.recipe.run.threads_per_worker) for stage in plan.stages.values()}
+    kinds = {"teacher", "distill", "language", "pretrain", "finetune", "evaluate"}
+    assert found == {(kind, 3) for kind in kinds}

@@ -58,7 +58,8 @@ class LayerCKA:
 
     The numbers are those of one `LinearCKA` per pair of layers; a layer's own sums are kept once.
     Memory depends on the widths alone, not on the number of images: see `sums_bytes`. Feeding the
-    same batches in the same order repeats the result bit for bit.
+    same batches in the same order repeats the result, but for the last digits: NumPy rounds
+    products of odd widths by where their factors lie in memory.
 
     Source: as `kdscale.analysis.cka.LinearCKA`; the matrix of layers as in Kornblith et al. 2019.
     """

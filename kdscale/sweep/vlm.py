@@ -144,6 +144,9 @@ def language_of(
     found = language_model(value, planner.plan.scale)
     if isinstance(found, LanguageModelSpec):
         return found
+    assert found.run is not None
+    run = found.run.replace(**planner.overrides.get("run", {})).replace(num_workers=0)
+    found = found.replace(run=run)
     own: list[str] = []  # it needs nothing of what comes before it
     key = planner.add_stage(Language.kind, found.llm.name, found, own)
     path += own
