@@ -64,8 +64,9 @@ class LinearCKA:
     """Sums from which the linear CKA of two models follows, fed batch by batch.
 
     The first batch fixes the widths and the reference vectors. Feeding the same batches in
-    the same order, and merging in the same order, repeats the result bit for bit; any other
-    order changes rounding only. The sums take 8 (P^2 + Q^2 + P Q) bytes and a few vectors.
+    the same order, and merging in the same order, repeats the result but for the last digits
+    (of odd widths); any other order changes rounding only. The sums take 8 (P^2 + Q^2 + P Q)
+    bytes and a few vectors.
 
     Source: Kornblith et al. 2019, "Similarity of Neural Network Representations Revisited"
     (biased); Song et al. 2012, "Feature Selection via Dependence Maximization", HSIC_1, put

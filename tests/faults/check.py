@@ -18,7 +18,10 @@ from kdscale.core.storage import StageStore, Storage
 
 CHECKS = ("finished", "identical", "mlflow", "resources", "orphans")
 # What a run says of its own speed, or of when and where it ran: the rest are results.
-MEASURED = {"time", "attempt", "samples_per_s", "tokens_per_s", "data_wait", "seconds", "peak_mib"}
+MEASURED = {
+    *("time", "attempt", "samples_per_s", "tokens_per_s", "data_wait", "seconds", "peak_mib"),
+    "shard",  # of those left, whichever is done first
+}
 
 
 @dataclass(frozen=True)
