@@ -20,7 +20,7 @@ from PIL import Image
 from transformers import GenerationConfig
 
 from kdscale.core.answers_config import Answers, answers_key
-from kdscale.core.journal import JournalReader
+from kdscale.core.journal import JournalReader, JournalWriter, read_steps
 from kdscale.core.types import (
     AnswerFailed,
     CacheCorrupt,
@@ -136,8 +136,9 @@ def test_a_failing_model_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("lived_to_note_it", [True, False])
 def test_a_stage_goes_on_where_it_stopped(
-    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch, lived_to_note_it: bool
 ) -> None:
     asked = asking.questions(20)
     whole = asking.job(tmp_path / "whole", model, asked)
@@ -154,6 +155,8 @@ def test_a_stage_goes_on_where_it_stopped(
     assert cut.key == whole.key
     first, *_ = kept.blocks_of(asked)
     Asker([cut])(pickle.dumps((0, first)))
+    if lived_to_note_it:
+        JournalWriter(cut.stage, 1).append({"step": 8, "block": 0})
     with pytest.raises(UnfinishedStage, match="1 blocks of answers of 3; ask again"):
         kept.load_items(cut.stage)
     seen: list[str] = []
@@ -165,8 +168,9 @@ def test_a_stage_goes_on_where_it_stopped(
 
     monkeypatch.setattr(ask_module, "prompts_of", noted)
     ask(cut, asked)
-    assert seen == [str(n) for n in range(8, 20)]
+    assert seen == [str(n) for n in range(8 if lived_to_note_it else 0, 20)]
     assert kept.load_items(cut.stage) == items
+    assert [line["step"] for line in read_steps(cut.stage)] == [8, 16, 20]
 
 
 @pytest.mark.usefixtures("small_blocks")
