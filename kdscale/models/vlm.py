@@ -241,9 +241,17 @@ def load_projector(model: LlavaForConditionalGeneration, directory: str | Path) 
 def save_vlm(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, directory: str | Path
 ) -> None:
-    """Writes model and processor in the hub's layout; adapters must have been merged."""
+    """Writes model and processor in the hub's layout; adapters must have been merged.
+
+    A part that came from a directory of this machine is not named by it: what is written depends
+    on no path. Names on the hub stay.
+    """
     if any(isinstance(module, LoraLayer) for module in model.modules()):
         raise ConfigError("this model still has adapters; merge it first")
+    parts: list[Any] = [model.config.text_config, model.config.vision_config]
+    for part in parts:
+        if Path(part.name_or_path).is_absolute():
+            part.name_or_path = ""
     model.save_pretrained(directory)
     processor.save_pretrained(directory)
 
