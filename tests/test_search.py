@@ -250,7 +250,7 @@ def test_an_asked_stage_ends_after_its_checkpoint_and_resumes_to_the_same_end(
 
         def batches(start: int) -> Iterator[Any]:
             for batch in synthetic(job, World())(start):
-                if batch.step + 1 == asked_at:
+                if batch.step == asked_at:  # which is waited for after that step
                     ask_attempt_to_stop(job.stage, "enough", "me")
                 yield batch
 

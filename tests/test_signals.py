@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,13 +42,19 @@ def heeding() -> Iterator[None]:
         yield
 
 
-def with_sigterm(job: Any, world: World) -> Callable[[int], Iterator[Any]]:
-    """Returns batches, with SIGTERM while the step that ends as number `AT` is being prepared."""
+def with_sigterm(job: Any, world: World, hangs: bool) -> Callable[[int], Iterator[Any]]:
+    """Returns batches; the last worker gets SIGTERM while it waits for that after step `AT`.
+
+    Args:
+        hangs: That batch never comes.
+    """
 
     def batches(start: int) -> Iterator[Any]:
         for batch in synthetic(job, world)(start):
-            if batch.step + 1 == AT and world.rank == world.size - 1:
+            if batch.step == AT and world.rank == world.size - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
+                if hangs:
+                    threading.Event().wait()
             yield batch
 
     return batches
@@ -71,7 +78,7 @@ def test_sigterm_leaves_a_checkpoint_of_its_step_and_the_same_student(
     job = small_job(str(tmp_path / "broken"), total_steps=STEPS, run=SELDOM)
     leaving = World(noticed=was_noticed)
     with pytest.raises(StageStopped):
-        Run(job, leaving, lambda _: None).train(with_sigterm(job, leaving))
+        Run(job, leaving, lambda _: None).train(with_sigterm(job, leaving, hangs=False))
     assert Checkpoints(job.stage, keep=1).latest_step() == AT
     assert stopped(job.stage) is None  # nobody wanted this stage to stay as it is
     Run(job, World(), lambda _: None).train(synthetic(job, World()))
@@ -79,19 +86,20 @@ def test_sigterm_leaves_a_checkpoint_of_its_step_and_the_same_student(
     assert outputs(tmp_path / "broken") == outputs(tmp_path / "whole")
 
 
-def leave(world: World, root: str) -> None:
+def leave(world: World, root: str, hangs: bool) -> None:
     """Trains until the second of two workers has got SIGTERM."""
     torch.set_num_threads(1)
     take_notice(signal.SIGTERM)
     world = World(rank=world.rank, size=world.size, noticed=was_noticed)
     job = small_job(root, total_steps=STEPS, run=SELDOM)
     with pytest.raises(StageStopped):
-        Run(job, world, lambda _: None).train(with_sigterm(job, world))
+        Run(job, world, lambda _: None).train(with_sigterm(job, world, hangs))
     assert was_noticed() == (world.rank == 1)
 
 
-def test_all_workers_stop_after_the_same_step(tmp_path: Path) -> None:
-    spawn(leave, 2, str(tmp_path))
+@pytest.mark.parametrize("hangs", [False, True])
+def test_all_workers_stop_after_the_same_step(tmp_path: Path, hangs: bool) -> None:
+    spawn(leave, 2, str(tmp_path), hangs)
     job = small_job(str(tmp_path), total_steps=STEPS, run=SELDOM)
     assert Checkpoints(job.stage, keep=1).latest_step() == AT
     assert steps(job) == list(range(1, AT + 1))

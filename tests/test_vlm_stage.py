@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pyarrow as pa
@@ -23,10 +24,16 @@ from vlm_parts import LANGUAGES, TOWERS, language, tower
 
 from kdscale.core.checkpoints import Checkpoints
 from kdscale.core.config import DataSpec, Execution, MiniWorld
-from kdscale.core.journal import read_steps
+from kdscale.core.journal import JournalReader, read_steps
 from kdscale.core.scale import TRUE_SIZE_CPU, language_model
 from kdscale.core.storage import Storage
-from kdscale.core.types import CheckpointError, ConfigError, DataError, TrainingDiverged
+from kdscale.core.types import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    StageStopped,
+    TrainingDiverged,
+)
 from kdscale.core.vlm_config import Evaluate, Finetune, Pretrain, QuestionsSpec
 from kdscale.core.vlm_recipes import VLM_RECIPES
 from kdscale.data.instruct_stream import InstructBatch, InstructStream
@@ -173,6 +180,28 @@ def test_a_resumed_stage_is_the_uninterrupted_one(
     assert weights["whole"].keys() == weights["killed"].keys()
     for name, value in weights["whole"].items():
         assert torch.equal(value, weights["killed"][name]), name
+
+
+@pytest.mark.parametrize("step", [4, 5])
+def test_a_notice_is_heeded_while_data_are_waited_for(
+    step: int, tmp_path: Path, talks: Manifest, captions: Manifest
+) -> None:
+    """Whether the last step has written its checkpoint anyhow, every second one, or has not."""
+    _, job = jobs(tmp_path, "tinyllava", ("vit_t16", "qwen2_0_5b"), (captions, talks))
+    job = replace(changed(job, projector=None), total_steps=7)
+    waits = Event()
+
+    def batches(start: int) -> Iterator[InstructBatch]:
+        config = replace(instruct_config(job), start_step=start, own_steps=job.total_steps)
+        yield from itertools.islice(InstructStream(None, config, 0), step)
+        waits.set()
+        Event().wait()
+
+    with pytest.raises(StageStopped):
+        VlmRun(job, World(noticed=waits.is_set), lambda _: None).train(batches)
+    assert Checkpoints(job.stage, keep=1).latest_step() == step
+    assert len(attempt(job)) == job.total_steps
+    assert len(list(JournalReader(job.stage).new_lines())) == job.total_steps
 
 
 def test_loss_norms_differ_where_they_should(

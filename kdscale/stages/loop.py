@@ -57,10 +57,6 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def any(self, flag: bool) -> bool:
-        """Tells whether any worker says yes; all of them must ask."""
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
-
     def sum(self, tensor: Tensor) -> Tensor:
         """Returns the sum of a tensor over all workers."""
         if self.size > 1:

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pickle import UnpicklingError
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +20,7 @@ from kdscale.core.trained import epoch_suffix
 from kdscale.core.types import TrainingDiverged
 from kdscale.data.samples import Batch
 from kdscale.models.towers import save_clip
+from kdscale.stages.ahead import Ahead
 from kdscale.stages.distill import DistillTask
 from kdscale.stages.evaluate import Evaluator, Scores, cached_features
 from kdscale.stages.jobs import DistillJob
@@ -107,7 +108,8 @@ class Run:
             self._resume(start)
         meter = Meter()
         remaining = batches(start) if start < self.job.total_steps else iter(())
-        for batch in meter.timed(remaining):
+        ahead = Ahead(meter.timed(remaining))
+        for batch in ahead:
             line: dict[str, Any] = self._step(batch)
             line |= meter.read(self.job.recipe.global_batch_size)
             step: int = line["step"]
@@ -119,7 +121,9 @@ class Run:
             elif self.world.is_first:
                 self.journal.append(line)
             if step < self.job.total_steps:
-                self._stop_if_asked(step, look=due or step % self.execution.log_every == 0)
+                look = due or step % self.execution.log_every == 0
+                if self.requests.have_come(look, ahead.ready):
+                    self._stop(step)
         self.checkpoints.wait()
         self._finish()
 
@@ -163,10 +167,8 @@ class Run:
             self.checkpoints.save(line["step"], self.task.state(line["step"]))
         self.report({"step": line["step"], "loss": line["total"]})
 
-    def _stop_if_asked(self, step: int, look: bool) -> None:
-        """Ends the attempt where it was asked to, at a checkpoint without an evaluation."""
-        if not self.requests.have_come(look):
-            return
+    def _stop(self, step: int) -> NoReturn:
+        """Ends the attempt at a checkpoint without an evaluation."""
         self.checkpoints.wait()
         if self.world.is_first and self.checkpoints.latest_step() != step:
             check_lease(self.job.stage, self.job.lease)

@@ -7,7 +7,10 @@ lies in no storage, so that the stage's next attempt, which begins at once, is n
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import NoReturn
+
+import torch
 
 from kdscale.core.checkpoints import Checkpoints
 from kdscale.core.stop import stop_asked, stop_here
@@ -16,6 +19,12 @@ from kdscale.stages.jobs import Job
 from kdscale.stages.loop import World
 
 LOOK_EVERY_S = 5.0
+ASK_EVERY_S = 1.0
+
+
+def _at_once(_: float) -> bool:
+    """Tells that there is nothing to wait for."""
+    return True
 
 
 class Requests:
@@ -30,18 +39,34 @@ class Requests:
         self._job, self._world = job, world
         self._looked = time.monotonic()
 
-    def have_come(self, look: bool = False) -> bool:
+    def have_come(self, look: bool = False, ready: Callable[[float], bool] = _at_once) -> bool:
         """Tells whether to end here; called by every worker after the same steps, and all agree.
+
+        Whoever has its next batch waits here for the others. As nobody has begun the next step, a
+        request is heeded, and a checkpoint of the last step written, while data are waited for too.
 
         Args:
             look: Look at the storage, which the first worker does every `LOOK_EVERY_S` anyhow.
+            ready: Waits for what the next step needs, so many seconds at most, and tells whether
+                it has come.
         """
+        while True:
+            waiting = not ready(ASK_EVERY_S)
+            flags = torch.tensor([float(self._sees_one(look)), float(waiting)])
+            found, waiting = self._world.sum(flags.to(self._world.device)).tolist()
+            if found or not waiting:
+                return bool(found)
+            look = False
+
+    def _sees_one(self, look: bool) -> bool:
+        """Tells whether this worker knows of a request."""
         world, now = self._world, time.monotonic()
-        found = world.noticed()
-        if world.is_first and not found and (look or now - self._looked > LOOK_EVERY_S):
-            self._looked = now
-            found = stop_asked(self._job.stage, self._job.lease) is not None
-        return world.any(found)
+        if world.noticed():
+            return True
+        if not world.is_first or not (look or now - self._looked > LOOK_EVERY_S):
+            return False
+        self._looked = now
+        return stop_asked(self._job.stage, self._job.lease) is not None
 
 
 def stop_at_checkpoint(job: Job, world: World, checkpoints: Checkpoints) -> NoReturn:

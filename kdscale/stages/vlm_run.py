@@ -25,6 +25,7 @@ from kdscale.core.lease import check_lease
 from kdscale.core.types import CheckpointError, DataError, TrainingDiverged
 from kdscale.data.instruct_stream import InstructBatch
 from kdscale.models.vlm import merge, save_projector, save_vlm
+from kdscale.stages.ahead import Ahead
 from kdscale.stages.jobs import VlmJob
 from kdscale.stages.loop import World, batch_digest
 from kdscale.stages.run import Meter
@@ -61,6 +62,7 @@ class VlmRun(TrainerCallback):
         self.checkpoints = Checkpoints(job.stage, self.execution.keep_checkpoints)
         self.journal = JournalWriter(job.stage, self.execution.log_every)
         self.meter = Meter()
+        self.ahead: Ahead[InstructBatch] = Ahead(iter(()))
         self.started = time.time()
         self.scratch = tempfile.TemporaryDirectory()
         self.trainer: StageTrainer | None = None
@@ -91,7 +93,8 @@ class VlmRun(TrainerCallback):
             arguments = training_arguments(self.job, self.world, self.scratch.name)
             self.trainer = StageTrainer(built, micro, self.job.recipe, arguments, [self])
             if start < self.job.total_steps:
-                micro.source = self.meter.timed(batches(start))
+                self.ahead = Ahead(self.meter.timed(batches(start)))
+                micro.source = self.ahead
                 try:
                     self.trainer.train(resume_from_checkpoint=resumed)
                 except UnpicklingError as error:
@@ -145,9 +148,9 @@ class VlmRun(TrainerCallback):
         due = line["step"] % self.execution.checkpoint_every == 0
         if due:
             self.report({"step": line["step"], "loss": line["total"]})
-        if line["step"] < self.job.total_steps:
-            look = due or line["step"] % self.execution.log_every == 0
-            self.stopping = self.requests.have_come(look)
+        if line["step"] < self.job.total_steps and not due:  # else `on_save` asks
+            look = line["step"] % self.execution.log_every == 0
+            self.stopping = self.requests.have_come(look, self.ahead.ready)
             control.should_save = control.should_save or self.stopping
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -166,6 +169,8 @@ class VlmRun(TrainerCallback):
             self.journal.flush()
             self.checkpoints.save(step, packed)
         self.meter.restart()
+        if step < self.job.total_steps and not self.stopping:
+            self.stopping = self.requests.have_come(look=True, ready=self.ahead.ready)
         if self.stopping:
             stop_at_checkpoint(self.job, self.world, self.checkpoints)
 
