@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 import yaml
 
+from kdscale.core.types import ConfigError
 from kdscale.sweep.cluster import load_cluster
 from kdscale.sweep.cluster_check import check_config, read_config
 from kdscale.sweep.cluster_kube import rayjob
@@ -49,7 +50,10 @@ def render(
         if out is None:
             print(text, end="")
         else:
-            out.write_text(text)
+            try:
+                out.write_text(text)
+            except OSError as error:
+                raise ConfigError(f"cannot write {out}: {error.strerror}") from error
             console.print(f"wrote {out}", highlight=False)
 
 

@@ -44,6 +44,6 @@ down() { launcher ray down -y cluster.local.yaml; }
 trap down EXIT
 launcher ray up -y cluster.local.yaml
 ray submit --cluster-name "$(basename "$work")" cluster.local.yaml "$sweep" -- --seeds 0 "$@"
-launcher ray exec cluster.local.yaml "kdscale cluster watch --help"
+launcher ray exec cluster.local.yaml "TERM=dumb kdscale cluster watch --help"
 echo "without the token: $(curl -s -o /dev/null -w '%{http_code}' http://127.0.0.1:8265/api/jobs/)"
 ray job submit --address http://127.0.0.1:8265 --working-dir . -- python "$sweep" --seeds 1 "$@"

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import re
-import threading
 from collections.abc import Callable
 from copy import deepcopy
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +29,6 @@ from kdscale.sweep.cluster_check import (
 )
 from kdscale.sweep.cluster_kube import rayjob
 from kdscale.sweep.cluster_ray import ray_on_aws, ray_on_this_machine
-from kdscale.sweep.spot_notice import wait_for_notice
 
 REPOSITORY = Path(__file__).parent.parent
 Config = dict[str, Any]
@@ -315,45 +311,6 @@ def test_ray_reads_the_same_nodes_from_the_manifest_for_kubernetes(cluster: Clus
         assert (drains > 60) == (role is not None and role.spot)
         assert drains <= pod.get("terminationGracePeriodSeconds", 30)
         assert variables == cluster.environment()
-
-
-class _Metadata(http.server.BaseHTTPRequestHandler):
-    """What a spot instance of EC2 is told at its third question, after a moment of trouble."""
-
-    asked, troubles = 0, 2
-
-    def do_PUT(self) -> None:
-        type(self).troubles -= 1
-        self._answer(200 if self.troubles < 0 else 503, "the token")
-
-    def do_GET(self) -> None:
-        assert self.path == "/latest/meta-data/spot/instance-action"
-        assert self.headers["X-aws-ec2-metadata-token"] == "the token"
-        type(self).asked += 1
-        when = datetime.now(UTC) + timedelta(seconds=118)
-        notice = {"action": "terminate", "time": f"{when:%Y-%m-%dT%H:%M:%SZ}"}
-        self._answer(200 if self.asked > 2 else 404, json.dumps(notice))
-
-    def _answer(self, code: int, text: str) -> None:
-        self.send_response(code)
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Says nothing."""
-
-
-def test_a_spot_notice_is_waited_for() -> None:
-    said: list[str] = []
-    with http.server.HTTPServer(("127.0.0.1", 0), _Metadata) as server:
-        url = f"http://127.0.0.1:{server.server_port}"
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        left = wait_for_notice(url, 0.05, said.append)
-        server.shutdown()
-    assert left is not None
-    assert 100 < left <= 118
-    assert len(said) == 1
-    assert "503" in said[0]
 
 
 def test_workers_on_aws_watch_for_the_notice(cluster: Cluster) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from kdscale.cli import app
 from kdscale.sweep import cluster_kube
 from kdscale.sweep.cluster import load_cluster
 from kdscale.sweep.cluster_check import exported, problems
@@ -50,6 +53,29 @@ def test_a_lock_may_be_installed_otherwise(command: str) -> None:
     written = config["setup_commands"][0].replace("~/.kdscale/env.sh", "~/.bashrc")
     config["setup_commands"] = [written, command]
     assert list(problems(config)) == []
+
+
+@pytest.mark.parametrize(
+    ("written", "options", "message"),
+    [
+        (DESCRIBED.read_bytes(), ["--out", "/absent/x.yaml"], "cannot write /absent/x.yaml: No"),
+        (b'name = "\xff"', [], "is no TOML"),
+        (
+            DESCRIBED.read_bytes().replace(b'storage = "s3:', b'storage = "" # "s3:'),
+            [],
+            "storage.*at least 1 character",
+        ),
+    ],
+)
+def test_what_cannot_be_rendered_is_said_in_words(
+    tmp_path: Path, written: bytes, options: list[str], message: str
+) -> None:
+    source = tmp_path / "cluster.toml"
+    source.write_bytes(written)
+    command = ["cluster", "render", "--source", str(source), *options]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 2, done.output
+    assert re.search(message, " ".join(done.output.split()))
 
 
 @pytest.mark.parametrize("through_ray", [False, True])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import http.server
+import os
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kdscale.core.storage import Storage
+from kdscale.core.types import StorageError
 from kdscale.sweep.doctor import Diagnosis, compare_clocks, compare_versions, diagnose, pairs
 from kdscale.sweep.node_checks import (
     Node,
@@ -54,9 +57,13 @@ def test_gpus_are_asked_to_add_where_two_nodes_have_them() -> None:
     assert pairs([head, one, decode, two]) == {"gloo": [head, one], "nccl": [one, two]}
 
 
-def test_room_is_compared_with_what_is_needed(tmp_path: Path) -> None:
+def test_room_is_compared_with_what_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert check_disk(str(tmp_path), least_gb=0.0).ok
     assert "RAY_TMPDIR" in check_disk(str(tmp_path), least_gb=1e9).advice
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "absent"))
+    assert "absent" in guarded("disk", check_disk).found
     assert "--shm-size" in check_shared_memory(tmp_path, least_gb=1e9).advice
     assert check_shared_memory(tmp_path / "absent").ok is None
 
@@ -70,6 +77,23 @@ def test_storage_is_written_and_read(tmp_path: Path) -> None:
     found = check_storage(str(file), "doctor-1")
     assert not found.ok
     assert "--storage" in found.advice
+
+
+def test_an_object_store_without_credentials_is_a_finding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    storage = Storage("s3://somebodys/runs")
+    for ask in (storage.names, storage.exists, partial(storage.remove, "doctor")):
+        with pytest.raises(StorageError, match=r"cannot reach s3://somebodys/runs: .*credentials"):
+            ask()
+    found = check_storage(storage.root, "doctor-1")
+    assert not found.ok
+    assert "credentials" in found.found
 
 
 def test_a_check_that_raises_is_a_finding() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from pathlib import Path
 
 import pytest
 from studies import Study, answers, finish, make_sweep, recipe, write_journal
@@ -90,6 +91,13 @@ def test_checkpoints_of_finished_stages_go_and_the_stage_stays(study):
     remove([found])
     assert store.is_done()
     assert not study.storage.exists(*store.parts, "checkpoints")
+
+
+def test_what_is_no_stage_is_passed_over(study):
+    expected = keys(find_garbage(narrower(study), older_than_s=0))
+    for place in ("stages/.DS_Store", "stages/notes.txt", "stages/distill/.DS_Store"):
+        (Path(study.storage.root) / place).write_text("")
+    assert keys(find_garbage(narrower(study), older_than_s=0)) == expected
 
 
 def test_a_storage_without_stages_has_no_garbage(tmp_path):

@@ -135,6 +135,12 @@ def test_a_storage_that_cannot_be_written_does_not_stop_a_stage(
     assert (tmp_path / "stages").read_text() == "a file in the way"
 
 
+def test_what_is_not_utf8_is_written_all_the_same(stage: StageStore) -> None:
+    with pytest.raises(FileNotFoundError), StageLog(stage, "worker0"):
+        raise FileNotFoundError("bad file \udcff.jpg")
+    assert r"bad file \udcff.jpg" in text_of(stage)
+
+
 def test_who_has_nothing_to_tell_writes_nothing(stage: StageStore) -> None:
     log = StageLog(stage, "actor", quiet=True)
     for _ in range(2):

@@ -81,6 +81,7 @@ def test_urls_that_are_kept_may_hold_none(url: str) -> None:
             "FSSPEC_HTTP",
             f'{{"client_kwargs": {{"headers": {{"Authorization": "Bearer {CANARY}"}}}}}}',
         ),
+        ("FSSPEC_WEBDAV", f'{{"auth": ["me", "{CANARY}"]}}'),
     ],
 )
 def test_a_failure_does_not_repeat_what_the_environment_keeps_secret(
@@ -94,6 +95,26 @@ def test_a_failure_does_not_repeat_what_the_environment_keeps_secret(
     stage.fail(f"RuntimeError: attempt refused for {said}", final=False)
     assert (stage.failure() or {})["message"] == "RuntimeError: attempt refused for ***"
     assert canary not in str(StorageError(f"attempt refused for {said}"))
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (f"{CANARY}-key\n", f"the key {CANARY}-key is refused"),
+        (f"{CANARY}-key\n", f"illegal value b'Bearer {CANARY}-key\\n'"),
+        (f"-----BEGIN KEY-----\n{CANARY}-key\n-----END KEY-----\n", f"line 2: {CANARY}-key"),
+        (f"{CANARY}-key/+ &", f"GET https://host/{CANARY}-key%2F%2B%20%26"),
+        (f"{CANARY}-key'\"", f"{{'password': '{CANARY}-key\\'\"'}}"),
+    ],
+)
+def test_a_value_is_hidden_however_it_is_written(
+    monkeypatch: pytest.MonkeyPatch, value: str, said: str
+) -> None:
+    for name in ("DB_PASSPHRASE", "MYSQL_PWD"):
+        monkeypatch.setenv(name, value)
+        assert CANARY not in redacted(said)
+        assert "***" in redacted(said)
+        monkeypatch.delenv(name)
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from kdscale.core.signals import own_handlers, take_notice, was_noticed
 from kdscale.core.stop import check_stop, stop_asked, stopped
 from kdscale.core.storage import Storage
 from kdscale.core.types import Interrupted, StageStopped
+from kdscale.stages.ahead import Ahead
 from kdscale.stages.loop import World
 from kdscale.stages.run import Run
 from kdscale.sweep.interrupt import Interrupt
@@ -103,6 +104,35 @@ def test_all_workers_stop_after_the_same_step(tmp_path: Path, hangs: bool) -> No
     job = small_job(str(tmp_path), total_steps=STEPS, run=SELDOM)
     assert Checkpoints(job.stage, keep=1).latest_step() == AT
     assert steps(job) == list(range(1, AT + 1))
+
+
+def test_a_notice_is_heeded_while_the_first_batch_is_waited_for(tmp_path: Path) -> None:
+    waits = threading.Event()
+
+    def batches(_: int) -> Iterator[Any]:
+        waits.set()
+        threading.Event().wait()
+        yield
+
+    job = small_job(str(tmp_path), total_steps=STEPS, run=SELDOM)
+    with pytest.raises(StageStopped):
+        Run(job, World(noticed=waits.is_set), lambda _: None).train(batches)
+    assert Checkpoints(job.stage, keep=1).latest_step() == 0
+
+
+def test_what_a_source_raises_is_raised_by_whoever_waits() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        raise ValueError("no second one")
+
+    ahead = Ahead(items())
+    assert ahead.ready(60)
+    assert next(ahead) == 1
+    with pytest.raises(ValueError, match="no second one"):
+        ahead.ready(60)
+    with pytest.raises(ValueError, match="no second one"):
+        next(ahead)
+    assert list(Ahead(iter("abc"))) == ["a", "b", "c"]
 
 
 def test_a_second_signal_ends_the_process() -> None:

@@ -1,4 +1,4 @@
-"""Sweeps, plans and the command line, without Ray."""
+"""Sweeps, plans and the command line; all but one refusal without Ray."""
 
 from __future__ import annotations
 
@@ -229,6 +229,42 @@ def test_impossible_resources_are_named_before_anything_starts() -> None:
         concurrent_trials([stage_needing(num_workers=9)], {"CPU": 4})
     fits = stage_needing(num_workers=2, cpus_per_worker=1, data_cpus=2)
     assert concurrent_trials([fits], {"CPU": 13}) == 3
+
+
+@pytest.mark.parametrize(
+    ("run", "nodes"),
+    [
+        ({"num_workers": 2, "cpus_per_worker": 3, "data_cpus": 2, "cpus_per_data_task": 2}, (4, 4)),
+        ({"cpus_per_worker": 4, "data_cpus": 4, "cpus_per_data_task": 4}, (7.5, 0.5)),
+    ],
+)
+def test_workers_that_leave_no_room_for_a_data_task_are_refused(
+    run: dict[str, Any], nodes: tuple[float, ...]
+) -> None:
+    from kdscale.sweep.fitting import concurrent_trials
+
+    stage = stage_needing(**run)
+    with pytest.raises(ImpossibleResources, match="CPU on one node for a data task: no node has"):
+        concurrent_trials([stage], {"CPU": sum(nodes)}, [{"CPU": n} for n in nodes])
+    more = (*nodes, run["cpus_per_data_task"])
+    assert concurrent_trials([stage], {"CPU": sum(more)}, [{"CPU": n} for n in more]) == 1
+
+
+@pytest.mark.ray
+def test_what_has_no_room_is_refused_before_data_are_prepared(
+    ray_cluster: Any, tmp_path: Path
+) -> None:
+    from kdscale.sweep.run import execute
+
+    sweep = Sweep(
+        name="x",
+        stages=[Distill(student="vit_t16", loss="clip", run=Execution(gpus_per_worker=99))],
+    )
+    plan = plan_of(sweep, tmp_path)
+    console = Console(file=io.StringIO())
+    with pytest.raises(ImpossibleResources, match="GPU"):
+        execute(plan, [sweep], console=console, tracking_uri=None, command="")
+    assert not plan.storage.names("data")
 
 
 def test_trials_side_by_side_share_the_cores(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kdscale.core.storage import StageStore, Storage
+from kdscale.core.storage import StageStore, Storage, all_stages
 from kdscale.core.types import AmbiguousStage, UnfinishedStage, UnknownStage, WrongStage
 
 MAX_LISTED = 6
@@ -64,11 +64,7 @@ def find_any(storage: Storage, key: str) -> StageStore:
 
 def _beginning_with(storage: Storage, key: str) -> list[StageStore]:
     """Every stage whose key begins so; a whole key hides longer ones."""
-    known = [
-        StageStore(storage, kind, name)
-        for kind in storage.names("stages")
-        for name in storage.names("stages", kind)
-    ]
+    known = all_stages(storage)
     return [s for s in known if s.key == key] or [s for s in known if s.key.startswith(key)]
 
 
@@ -77,7 +73,7 @@ def _unknown(storage: Storage, key: str, kinds: Sequence[str]) -> str:
     known = [
         stage
         for kind in kinds
-        for name in storage.names("stages", kind)
+        for name in storage.folders("stages", kind)
         if (stage := StageStore(storage, kind, name)).is_done()
     ]
     there = f"finished there: {_listed(known)}" if known else f"no {' or '.join(kinds)} is finished"

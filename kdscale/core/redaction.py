@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any, cast
+from urllib.parse import quote, quote_plus
 
 _URL = re.compile(r"[a-zA-Z][\w+.-]*://\S+")
 _USER = re.compile(r"(?<=://)[^/\s]*@")
@@ -19,7 +20,8 @@ _PASSWORD = re.compile(r"(?<=://)[^/\s:@]*:(?!\d+(?:[/?#]|$))[^@\s]*@")  # a por
 _KEY_AS_USER = re.compile(r"(?:gs|gcs|s3a?|https?)://[^/\s]*@")  # nobody logs in there by name
 _PARAMETER = re.compile(r"([?&;#][^=&;#/\s]+=)[^&;#\s]*")
 _NAME = re.compile(
-    r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|CONNECTION_STRING|API_?KEY|(?:^|_)(?:KEYS?|PASS)(?:_|$)",
+    r"TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|CONNECTION_STRING|API_?KEY"
+    r"|(?:^|_)(?:KEYS?|PASS)(?:_|$)|_PWD(?:_|$)",
     re.IGNORECASE,
 )
 _SHORTEST = 8  # of a value that is looked for: "0" or "true" is no secret
@@ -32,7 +34,10 @@ def redacted(text: str) -> str:
 
 
 def holds_secret(text: str) -> bool:
-    """Tells whether a URL holds a password, or a parameter that is called like one."""
+    """Tells whether a URL holds a password, a key as user, or a parameter that is called like one.
+
+    Only object stores and web servers are taken to get a key as user.
+    """
     urls: list[str] = _URL.findall(text)
     names = [name for url in urls for name in _PARAMETER.findall(url)]
     keys = any(_PASSWORD.search(url) or _KEY_AS_USER.match(url) for url in urls)
@@ -42,25 +47,41 @@ def holds_secret(text: str) -> bool:
 def secret_values() -> list[str]:
     """Returns the values of environment variables whose names say that they are secret.
 
-    Of fsspec's variables that hold JSON (`FSSPEC_HTTP`), the values whose names say so in it.
+    Of fsspec's variables that hold JSON (`FSSPEC_HTTP`), the values whose names say so in it. A
+    value is given as it is and as messages write it: a line alone, quoted, escaped.
     """
     named = [value for name, value in os.environ.items() if _NAME.search(name)]
     for name, value in os.environ.items():
         if name.startswith("FSSPEC_"):
             with suppress(ValueError):
                 named += _secrets_in(json.loads(value))
-    return sorted({value for value in named if len(value) >= _SHORTEST}, key=len, reverse=True)
+    found = {form for value in named for form in _forms(value) if len(form) >= _SHORTEST}
+    return sorted(found, key=len, reverse=True)
+
+
+def _forms(value: str) -> list[str]:
+    """Returns how a value may be written: whole, its lines, as Python, JSON and URLs write it."""
+    whole = value.strip()
+    plain = [value, whole, *(line.strip() for line in whole.splitlines())]
+    escaped = [
+        form for text in (value, whole) for form in (repr(text)[1:-1], json.dumps(text)[1:-1])
+    ]
+    return [*plain, *escaped, quote(whole, safe=""), quote_plus(whole)]
 
 
 def _secrets_in(found: Any, *, named: bool = False) -> list[str]:
     """Returns the texts in JSON that have, or lie below, a name that says that they are secret."""
+    parts: list[list[str]] = []
     if isinstance(found, dict):
+        fields = cast("dict[str, Any]", found).items()
         parts = [
-            _secrets_in(value, named=named or bool(_SECRET.search(name)))
-            for name, value in cast("dict[str, Any]", found).items()
+            _secrets_in(value, named=named or bool(_SECRET.search(name))) for name, value in fields
         ]
-        return [text for part in parts for text in part]
-    return [found, *found.split()] if named and isinstance(found, str) else []
+    elif isinstance(found, list):
+        parts = [_secrets_in(value, named=named) for value in cast("list[Any]", found)]
+    elif named and isinstance(found, str):
+        parts = [[found, *found.split()]]
+    return [text for part in parts for text in part]
 
 
 def without_secrets(text: str, secrets: Iterable[str]) -> str:

@@ -129,7 +129,8 @@ class StageLog:
             note = [f"... {left_out} lines left out ..."] if left_out else []
             text = "".join(f"{line}\n" for line in [*self._head, *note, *self._tail])
         with suppress(OSError, StorageError):
-            self._stage.storage.write(text.encode(), *self._stage.parts, FOLDER, self._name)
+            data = text.encode(errors="backslashreplace")  # names of files may not be UTF-8
+            self._stage.storage.write(data, *self._stage.parts, FOLDER, self._name)
             self._num_written = total
 
 

@@ -22,8 +22,9 @@ import uuid
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -32,9 +33,30 @@ from kdscale.core.redaction import redacted
 from kdscale.core.types import StorageError, refuse_secret
 
 T = TypeVar("T")
+P = ParamSpec("P")
 logger = logging.getLogger(__name__)
 PASSING = {errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE}
 WAIT_S, LOOK_EVERY_S = 300.0, 2.0
+REFUSALS = {"botocore.exceptions.BotoCoreError", "google.auth.exceptions.GoogleAuthError"}
+
+
+def _told(method: Callable[Concatenate[Storage, P], T]) -> Callable[Concatenate[Storage, P], T]:
+    """Puts in words what object stores' clients raise that is no OSError: no credentials."""
+
+    @wraps(method)
+    def call(self: Storage, *args: P.args, **options: P.kwargs) -> T:
+        try:
+            return method(self, *args, **options)
+        except Exception as error:
+            kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__}
+            if not kinds & REFUSALS:
+                raise
+            raise StorageError(
+                f"cannot reach {self.root}: {error}; give its credentials as its own tools take "
+                "them (environment, profile or role), or another --storage"
+            ) from error
+
+    return call
 
 
 class Storage:
@@ -69,6 +91,7 @@ class Storage:
         """Returns a path or URL that any fsspec user can open."""
         return "/".join([self.root, *parts])
 
+    @_told
     def exists(self, *parts: str) -> bool:
         """Tells whether a file or directory exists."""
         self.fs.invalidate_cache()
@@ -89,6 +112,7 @@ class Storage:
                 f"storage {self.root} {found}: {command} makes it; or name another by --storage"
             )
 
+    @_told
     def names(self, *parts: str) -> list[str]:
         """Lists the base names in a directory, sorted; an absent one is empty."""
         self.fs.invalidate_cache()
@@ -100,6 +124,20 @@ class Storage:
             raise StorageError(f"cannot list {self.url(*parts)}: {error}") from error
         return sorted(str(name).rstrip("/").rsplit("/", 1)[-1] for name in found)
 
+    @_told
+    def folders(self, *parts: str) -> list[str]:
+        """Lists the directories in a directory, sorted; neither hidden ones nor files."""
+        self.fs.invalidate_cache()
+        try:
+            found = self.fs.ls(self.path(*parts), detail=True)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise StorageError(f"cannot list {self.url(*parts)}: {error}") from error
+        names = (e["name"].rstrip("/").rsplit("/", 1)[-1] for e in found if e["type"] != "file")
+        return sorted(name for name in names if not name.startswith("."))
+
+    @_told
     def sizes(self, *parts: str) -> dict[str, int]:
         """Returns {base name: bytes} of the files in a directory; an absent one is empty."""
         self.fs.invalidate_cache()
@@ -112,6 +150,7 @@ class Storage:
         files = [entry for entry in found if entry["type"] == "file"]
         return {entry["name"].rsplit("/", 1)[-1]: int(entry["size"]) for entry in files}
 
+    @_told
     def read(self, *parts: str) -> bytes:
         """Reads a whole file."""
         try:
@@ -121,6 +160,7 @@ class Storage:
         except OSError as error:
             raise StorageError(f"cannot read {self.url(*parts)}: {error}") from error
 
+    @_told
     def write(self, data: bytes, *parts: str) -> None:
         """Writes a whole file so that a reader sees all of it or nothing."""
         target = self.path(*parts)
@@ -177,6 +217,7 @@ class Storage:
         except OSError as error:
             raise _unwritable(self.url(*parts), error) from error
 
+    @_told
     def usage(self, *parts: str) -> tuple[int, float]:
         """Returns the bytes of all files in a directory, and when the newest was written.
 
@@ -193,12 +234,14 @@ class Storage:
         times = [_written(info) for info in found]
         return sum(info["size"] or 0 for info in found), max(times, default=0.0)
 
+    @_told
     def remove(self, *parts: str) -> None:
         """Removes a file or a whole directory; an absent one is no error."""
         if self.exists(*parts):
             with suppress(FileNotFoundError):  # another process may be quicker
                 self._patiently(lambda: self.fs.rm(self.path(*parts), recursive=True))
 
+    @_told
     def create(self, data: bytes, *parts: str) -> bool:
         """Creates a file if absent and returns whether it did.
 
@@ -272,6 +315,15 @@ def _write_local(target: Path, data: bytes) -> None:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def all_stages(storage: Storage) -> list[StageStore]:
+    """Returns every stage that has been begun, by kind and key."""
+    return [
+        StageStore(storage, kind, key)
+        for kind in storage.folders("stages")
+        for key in storage.folders("stages", kind)
+    ]
 
 
 class StageStore:

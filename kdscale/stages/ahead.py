@@ -22,11 +22,18 @@ class Ahead(Iterator[T], Generic[T]):
         self._next: Future[Any] | None = None
 
     def ready(self, timeout_s: float | None = None) -> bool:
-        """Waits until the next item, an error or the end has come, but not longer than this."""
+        """Waits until the next item or the end has come, but not longer than this.
+
+        Raises:
+            Exception: What the source has raised instead.
+        """
         if self._next is None:
             self._next = Future()
             Thread(target=self._fetch, args=[self._next], daemon=True).start()
-        return bool(wait([self._next], timeout_s).done)
+        if not wait([self._next], timeout_s).done:
+            return False
+        self._next.result()
+        return True
 
     def __next__(self) -> T:
         """Returns the next item as soon as it is there, or raises what the source has raised."""

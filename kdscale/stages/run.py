@@ -109,6 +109,8 @@ class Run:
         meter = Meter()
         remaining = batches(start) if start < self.job.total_steps else iter(())
         ahead = Ahead(meter.timed(remaining))
+        if start < self.job.total_steps and self.requests.have_come(ready=ahead.ready):
+            self._stop(start)
         for batch in ahead:
             line: dict[str, Any] = self._step(batch)
             line |= meter.read(self.job.recipe.global_batch_size)

@@ -95,6 +95,8 @@ class VlmRun(TrainerCallback):
             if start < self.job.total_steps:
                 self.ahead = Ahead(self.meter.timed(batches(start)))
                 micro.source = self.ahead
+                if self.requests.have_come(ready=self.ahead.ready):
+                    stop_at_checkpoint(self.job, self.world, self.checkpoints)
                 try:
                     self.trainer.train(resume_from_checkpoint=resumed)
                 except UnpicklingError as error:

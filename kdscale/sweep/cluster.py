@@ -84,7 +84,7 @@ class Local(Spec):
     """One machine that is reached by ssh; MLflow is a file in its storage."""
 
     ssh_user: str
-    storage: str
+    storage: str = Field(min_length=1)
     head_ip: str = "127.0.0.1"
 
 
@@ -98,8 +98,8 @@ class Cluster(Spec):
     """
 
     name: str = Field(pattern=r"^[a-z][a-z0-9-]*$")
-    storage: str
-    tracking_uri: str
+    storage: str = Field(min_length=1)
+    tracking_uri: str = Field(min_length=1)
     idle_timeout_minutes: float = Field(default=5, gt=0)
     head: Node
     groups: dict[Role, Group] = Field(min_length=1)
@@ -148,6 +148,6 @@ def load_cluster(path: Path) -> Cluster:
         fields = tomllib.loads(path.read_text())
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}; give --source FILE") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no TOML: {error}") from error
     return Cluster(**fields)

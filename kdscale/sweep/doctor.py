@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,12 +22,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from kdscale.core.storage import Storage
+from kdscale.core.types import StorageError
 from kdscale.sweep.node_checks import Check, Node, examine, guarded, read_marks, versions
 from kdscale.sweep.schedule import start_ray
 
 MAX_SKEW_S = 5.0
 TASK_TIMEOUT_S = 120.0
 VALUE = 3.0
+OTHERS = "sees others' files"
 SIGNS = {True: "[green]ok[/]", False: "[bold red]no[/]", None: "[dim]-[/]"}
 
 
@@ -83,10 +86,11 @@ def diagnose(storage: str, tracking_uri: str | None) -> Diagnosis:
     nodes = [_answer(examined[node["NodeID"]], node) for node in alive]
     marks = [node.mark for node in nodes if node.mark]
     nodes = [
-        _reads_others(node, ray_node, root, marks)
+        _with_others(node, partial(_reads_others, ray_node, root, marks, node.mark))
         for node, ray_node in zip(nodes, alive, strict=True)
     ]
-    Storage(root).remove("doctor")
+    with suppress(OSError, StorageError):  # a row of the table tells of it
+        Storage(root).remove("doctor")
     across = (
         compare_versions(nodes),
         guarded("clocks", lambda: compare_clocks(clocks(alive))),
@@ -124,21 +128,22 @@ def _answer(task: Any, node: dict[str, Any]) -> Node:
         return Node(host=host, time=0.0, versions={}, checks=(check,))
 
 
-def _reads_others(node: Node, ray_node: dict[str, Any], root: str, marks: list[str]) -> Node:
+def _with_others(node: Node, check: Callable[[], Check]) -> Node:
     """Adds to a node's checks whether it sees what the others have written."""
-    if not node.mark:
-        return node
-    others = [mark for mark in marks if mark != node.mark]
-    missing = ray.get(_on(ray_node).remote(read_marks, root, others), timeout=TASK_TIMEOUT_S)
+    return replace(node, checks=(*node.checks, guarded(OTHERS, check))) if node.mark else node
+
+
+def _reads_others(node: dict[str, Any], root: str, marks: list[str], own: str) -> Check:
+    """Asks a node for the files that the others have written."""
+    others = [mark for mark in marks if mark != own]
     if not others:
-        check = Check(name="sees others' files", ok=None, found="no other node")
-    elif missing:
+        return Check(name=OTHERS, ok=None, found="no other node")
+    missing = ray.get(_on(node).remote(read_marks, root, others), timeout=TASK_TIMEOUT_S)
+    if missing:
         found = f"{len(missing)} of {len(others)} not"
         advice = "--storage must be one place for all nodes: a shared mount, or s3://"
-        check = Check(name="sees others' files", ok=False, found=found, advice=advice)
-    else:
-        check = Check(name="sees others' files", ok=True, found=f"of {len(others)}")
-    return replace(node, checks=(*node.checks, check))
+        return Check(name=OTHERS, ok=False, found=found, advice=advice)
+    return Check(name=OTHERS, ok=True, found=f"of {len(others)}")
 
 
 def compare_versions(nodes: Sequence[Node]) -> Check:

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import get_args
 
+from kdscale.core.config import Distill
 from kdscale.core.nodes import GpuRole, on_gpus_for
 from kdscale.core.types import ImpossibleResources
+from kdscale.core.vlm_config import VlmStage
 from kdscale.stages.shares import allowed_workers, gpus_for
 from kdscale.sweep.plan import Plan, Stage
 
@@ -103,6 +105,7 @@ def _checked_room(stage: Stage, nodes: Sequence[Mapping[str, float]]) -> int:
     count, each = workers_of(stage)
     found = room(each, nodes)
     if found >= count:
+        _check_room_beside(stage, nodes)
         return found
     lacks = min(
         ([r for r, amount in each.items() if node.get(r, 0.0) < amount] for node in nodes),
@@ -114,6 +117,28 @@ def _checked_room(stage: Stage, nodes: Sequence[Mapping[str, float]]) -> int:
         f"{stage.kind} {stage.name!r} needs {count} workers with {amounts} each on one node, the "
         f"nodes hold {found} such: {scarce} lacks; ask for less (run.num_workers, "
         "run.cpus_per_worker, run.gpus_per_worker), or bring other nodes"
+    )
+
+
+def _check_room_beside(stage: Stage, nodes: Sequence[Mapping[str, float]]) -> None:
+    """Refuses workers that leave no node with room for one of the tasks that feed them.
+
+    Raises:
+        ImpossibleResources: However they are placed.
+    """
+    run, (count, each) = stage.recipe.run, workers_of(stage)
+    assert run is not None
+    if not isinstance(stage.recipe, Distill | VlmStage):  # nothing feeds the others
+        return
+    task = run.cpus_per_data_task
+    for place, node in enumerate(nodes):
+        left = {**node, "CPU": node.get("CPU", 0.0) - task}
+        if left["CPU"] > -1e-4 and room(each, [*nodes[:place], left, *nodes[place + 1 :]]) >= count:
+            return
+    raise ImpossibleResources(
+        f"{stage.kind} {stage.name!r} needs {count} workers with {each['CPU']:g} CPU each and, "
+        f"beside them, {task:g} CPU on one node for a data task: no node has that left; lower "
+        "run.cpus_per_worker or run.cpus_per_data_task, or bring nodes"
     )
 
 

@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kdscale.core.lease import Lease, clear
-from kdscale.core.storage import StageStore
+from kdscale.core.storage import StageStore, all_stages
 from kdscale.core.types import ConfigError, StorageError
 from kdscale.sweep.plan import Plan
 from kdscale.sweep.why import compared, field_name, finished_record
@@ -70,17 +70,15 @@ def find_garbage(plan: Plan, *, older_than_s: float, kept: Collection[str] = ())
     """
     found: list[Garbage] = []
     storage, now, needed = plan.storage, time.time(), {*plan.stages, *kept}
-    for kind in storage.names("stages"):
-        for key in storage.names("stages", kind):
-            store = StageStore(storage, kind, key)
-            why = _why(store, needed=key in needed)
-            if why is None or Lease.seems_held(store):
-                continue
-            part = CHECKPOINTS if why == "checkpoints of a finished stage" else ""
-            size, newest = storage.usage(*store.parts, *([part] if part else []))
-            if now - newest >= older_than_s:
-                age = now - newest
-                found.append(Garbage(store=store, part=part, why=why, size=size, age_s=age))
+    for store in all_stages(storage):
+        why = _why(store, needed=store.key in needed)
+        if why is None or Lease.seems_held(store):
+            continue
+        part = CHECKPOINTS if why == "checkpoints of a finished stage" else ""
+        size, newest = storage.usage(*store.parts, *([part] if part else []))
+        if now - newest >= older_than_s:
+            age = now - newest
+            found.append(Garbage(store=store, part=part, why=why, size=size, age_s=age))
     return sorted(found, key=lambda one: (-one.size, one.store.key))
 
 

@@ -5,6 +5,7 @@ They run wherever they are called, on this machine or by a Ray task on another.
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import socket
@@ -150,10 +151,10 @@ def check_jpeg() -> Check:
 
 def check_disk(folder: str | None = None, least_gb: float = MIN_DISK_GB) -> Check:
     """Looks at the room for temporary files and Ray's spilled objects."""
-    place = folder or tempfile.gettempdir()
+    place = folder or os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     free = shutil.disk_usage(place).free / 1e9
     ok = free >= least_gb
-    advice = "" if ok else f"free {place}, or set RAY_TMPDIR to a larger disk"
+    advice = "" if ok else f"free {place}, or start Ray with RAY_TMPDIR on a larger disk"
     return Check(name="disk", ok=ok, found=f"{free:,.0f} GB free", advice=advice)
 
 

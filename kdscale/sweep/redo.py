@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from kdscale.core.lease import Lease, clear
-from kdscale.core.storage import StageStore, Storage
+from kdscale.core.storage import StageStore, Storage, all_stages
 from kdscale.core.types import StageBusy, StorageError
 from kdscale.sweep.plan import Plan
 from kdscale.sweep.stage import Stage
@@ -124,15 +124,13 @@ def dependants_of(storage: Storage, key: str) -> dict[str, tuple[str, str]]:
 def _records(storage: Storage) -> list[tuple[str, dict[str, Any]]]:
     """Reads what every finished stage says of itself."""
     found: list[tuple[str, dict[str, Any]]] = []
-    for kind in storage.names("stages"):
-        for key in storage.names("stages", kind):
-            store = StageStore(storage, kind, key)
-            try:
-                record = store.record() if store.is_done() else None
-            except (StorageError, ValueError):  # it is being removed, or half written
-                continue
-            if record is not None:
-                found.append((key, record | {"kind": kind}))
+    for store in all_stages(storage):
+        try:
+            record = store.record() if store.is_done() else None
+        except (StorageError, ValueError):  # it is being removed, or half written
+            continue
+        if record is not None:
+            found.append((store.key, record | {"kind": store.kind}))
     return found
 
 

@@ -55,12 +55,13 @@ def execute(
         NoShards: If input data are not at hand.
         UnknownName: If a sweep's table or baseline names a field that recipes do not have.
         OverBudget: If what is left would take more than the limits allow, or nobody knows.
+        ImpossibleResources: If a stage fits on no machine; nothing has been prepared then.
         StageFailed: After everything else has finished, naming the trials that failed.
         LimitReached: After all stages have stopped.
         Interrupted: Likewise, where a signal has come; without a report, for there is little time.
     """
     from kdscale.sweep.prepare import prepare
-    from kdscale.sweep.schedule import raise_failures
+    from kdscale.sweep.schedule import check_room, raise_failures
 
     check_inputs(plan)
     for sweep in sweeps:
@@ -74,6 +75,8 @@ def execute(
     if not is_left(plan, sweeps, resume_stopped):
         ended = "finished" if not plan.remaining() else "finished or stopped early"
         progress.say(f"[green]every stage is {ended} already: nothing to run[/]")
+    elif plan.remaining():
+        check_room(plan)
     prepare(plan, progress.say)
     connect = partial(_trackers, uri, plan, sweeps, command)
     interrupt = Interrupt(plan, progress.say)

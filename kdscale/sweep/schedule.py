@@ -149,6 +149,17 @@ def cluster_resources() -> tuple[dict[str, float], list[dict[str, float]]]:
     return total, others + grown
 
 
+def check_room(plan: Plan) -> None:
+    """Refuses stages for which the cluster, grown to its limits, has no room.
+
+    Raises:
+        ImpossibleResources: Naming the stage and what it lacks.
+    """
+    ship_own_losses(plan)
+    start_ray()
+    concurrent_trials(plan.remaining(), *cluster_resources())
+
+
 def run_plan(plan: Plan, run: str = "") -> list[TrialFailure]:
     """Runs every unfinished stage of a plan under Ray Tune.
 

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
@@ -22,6 +23,7 @@ METADATA = "http://169.254.169.254"  # of EC2, from within an instance
 TOKEN_S = 21_600
 ANSWER_S = 2.0
 MARGIN_S = 10.0
+AGAIN_S = 5.0
 OWN_ID = "import ray; ray.init(log_to_driver=False); print(ray.get_runtime_context().get_node_id())"
 
 
@@ -42,7 +44,7 @@ def wait_for_notice(
     while True:
         try:
             found = _notice(metadata)
-        except (URLError, TimeoutError, ConnectionError) as error:
+        except (URLError, HTTPException, TimeoutError, ConnectionError, ValueError) as error:
             if not silent:
                 say(f"{metadata} does not answer ({error}): is this an instance of EC2?")
             silent, found = True, None
@@ -77,18 +79,32 @@ def _seconds_left(notice: str) -> float | None:
         when = datetime.fromisoformat(json.loads(notice)["time"])
     except (ValueError, KeyError, TypeError):
         return None
+    if when.tzinfo is None:
+        when = when.replace(tzinfo=UTC)
     return (when - datetime.now(UTC)).total_seconds()
 
 
 def drain_this_node(seconds: float) -> None:
-    """Tells Ray that this node goes away.
+    """Tells Ray that this node goes away, again and again while Ray does not hear it.
 
     Args:
         seconds: How long it will still be there.
 
     Raises:
-        CalledProcessError: If Ray does not know this node, or refuses.
+        CalledProcessError: If until then Ray does not know this node, or refuses.
     """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return _drain(deadline - time.monotonic())
+        except subprocess.CalledProcessError:
+            if time.monotonic() + AGAIN_S > deadline - MARGIN_S:
+                raise
+        time.sleep(AGAIN_S)
+
+
+def _drain(seconds: float) -> None:
+    """Tells Ray once."""
     own = subprocess.run([sys.executable, "-c", OWN_ID], check=True, capture_output=True, text=True)
     program = str(Path(sys.executable).with_name("ray"))
     reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot notice"]
