@@ -104,6 +104,10 @@ def test_a_failure_does_not_repeat_what_the_environment_keeps_secret(
         (f"{CANARY}-key\n", f"illegal value b'Bearer {CANARY}-key\\n'"),
         (f"-----BEGIN KEY-----\n{CANARY}-key\n-----END KEY-----\n", f"line 2: {CANARY}-key"),
         (f"{CANARY}-key/+ &", f"GET https://host/{CANARY}-key%2F%2B%20%26"),
+        (f"{CANARY}-key/+ &", f"GET https://host/{CANARY}-key/%2b%20%26"),
+        (f"-----BEGIN\\n{CANARY}-key\\n-----END", f"line 2: {CANARY}-key"),
+        (f'{{"user": "me", "private_key": "{CANARY}-key"}}', f"refused: {CANARY}-key"),
+        (f"{CANARY}-kéy", f"got {f'{CANARY}-kéy'.encode()!r}"),
         (f"{CANARY}-key'\"", f"{{'password': '{CANARY}-key\\'\"'}}"),
     ],
 )

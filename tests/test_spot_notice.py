@@ -80,7 +80,9 @@ def test_a_drain_is_tried_again_until_it_is_too_late(monkeypatch: pytest.MonkeyP
             return subprocess.CompletedProcess(command, 0, "some words\nthe-node\n")
         said.append(command)
         refusals[0] -= 1
-        if refusals[0] >= 0:
+        if refusals[0] == 0:
+            raise subprocess.TimeoutExpired(command, 1)
+        if refusals[0] > 0:
             raise subprocess.CalledProcessError(1, command)
         return subprocess.CompletedProcess(command, 0)
 

@@ -116,7 +116,7 @@ def test_both_recipes_train_what_they_say(
     adapted = logits(model.eval(), inputs)
     model = vlm.merge(model)
     torch.testing.assert_close(logits(model, inputs), adapted, atol=1e-5, rtol=1e-5)
-    model.config.text_config.name_or_path = str(tmp_path / "language")
+    model.config.text_config.name_or_path = str(tmp_path)
     vlm.save_vlm(model, processor, tmp_path / "saved")
     assert str(tmp_path) not in (tmp_path / "saved" / "config.json").read_text()
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved").eval()

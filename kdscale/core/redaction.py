@@ -47,12 +47,12 @@ def holds_secret(text: str) -> bool:
 def secret_values() -> list[str]:
     """Returns the values of environment variables whose names say that they are secret.
 
-    Of fsspec's variables that hold JSON (`FSSPEC_HTTP`), the values whose names say so in it. A
-    value is given as it is and as messages write it: a line alone, quoted, escaped.
+    Of variables that hold JSON, fsspec's (`FSSPEC_HTTP`) among them, the values whose names say so
+    in it. A value is given as it is and as messages write it: a line alone, quoted, escaped.
     """
-    named = [value for name, value in os.environ.items() if _NAME.search(name)]
+    named = [value for name, value in os.environ.items() if _is_secret(name, value)]
     for name, value in os.environ.items():
-        if name.startswith("FSSPEC_"):
+        if name.startswith("FSSPEC_") or _is_secret(name, value):
             with suppress(ValueError):
                 named += _secrets_in(json.loads(value))
     found = {form for value in named for form in _forms(value) if len(form) >= _SHORTEST}
@@ -62,11 +62,19 @@ def secret_values() -> list[str]:
 def _forms(value: str) -> list[str]:
     """Returns how a value may be written: whole, its lines, as Python, JSON and URLs write it."""
     whole = value.strip()
-    plain = [value, whole, *(line.strip() for line in whole.splitlines())]
+    broken = whole.replace("\\n", "\n")  # keys of several lines are often written in one
+    plain = [value, whole, broken, *(line.strip() for line in broken.splitlines())]
     escaped = [
         form for text in (value, whole) for form in (repr(text)[1:-1], json.dumps(text)[1:-1])
     ]
-    return [*plain, *escaped, quote(whole, safe=""), quote_plus(whole)]
+    quoted = [quote(whole), quote(whole, safe=""), quote_plus(whole)]
+    lower = [re.sub("%..", lambda found: found[0].lower(), text) for text in quoted]
+    return [*plain, *escaped, repr(whole.encode(errors="surrogateescape"))[2:-1], *quoted, *lower]
+
+
+def _is_secret(name: str, value: str) -> bool:
+    """Tells whether a variable is called like a secret; a working directory's `_PWD` is none."""
+    return bool(_NAME.search(name)) and not (name.endswith("_PWD") and value.startswith("/"))
 
 
 def _secrets_in(found: Any, *, named: bool = False) -> list[str]:

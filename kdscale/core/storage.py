@@ -51,9 +51,11 @@ def _told(method: Callable[Concatenate[Storage, P], T]) -> Callable[Concatenate[
             kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__}
             if not kinds & REFUSALS:
                 raise
+            advice = "see that its address is right and answers"
+            if "credential" in str(error).lower():
+                advice = "give them as its own tools take them (environment, profile or role)"
             raise StorageError(
-                f"cannot reach {self.root}: {error}; give its credentials as its own tools take "
-                "them (environment, profile or role), or another --storage"
+                f"cannot reach {self.root}: {error}; {advice}, or give another --storage"
             ) from error
 
     return call

@@ -250,7 +250,7 @@ def save_vlm(
         raise ConfigError("this model still has adapters; merge it first")
     parts: list[Any] = [model.config.text_config, model.config.vision_config]
     for part in parts:
-        if Path(part.name_or_path).is_absolute():
+        if part.name_or_path and Path(part.name_or_path).is_dir():
             part.name_or_path = ""
     model.save_pretrained(directory)
     processor.save_pretrained(directory)

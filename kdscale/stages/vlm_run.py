@@ -109,6 +109,10 @@ class VlmRun(TrainerCallback):
             self.trainer = None
             gc.collect()
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Saves as often as this attempt is told to, not as the one before it was."""
+        state.save_steps = args.save_steps
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Notes the learning rates that the step will use; after it they are the next one's."""
         assert self.trainer is not None
@@ -150,7 +154,7 @@ class VlmRun(TrainerCallback):
         due = line["step"] % self.execution.checkpoint_every == 0
         if due:
             self.report({"step": line["step"], "loss": line["total"]})
-        if line["step"] < self.job.total_steps and not due:  # else `on_save` asks
+        if line["step"] < self.job.total_steps and not control.should_save:  # else `on_save` asks
             look = line["step"] % self.execution.log_every == 0
             self.stopping = self.requests.have_come(look, self.ahead.ready)
             control.should_save = control.should_save or self.stopping

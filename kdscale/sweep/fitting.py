@@ -130,7 +130,7 @@ def _check_room_beside(stage: Stage, nodes: Sequence[Mapping[str, float]]) -> No
     assert run is not None
     if not isinstance(stage.recipe, Distill | VlmStage):  # nothing feeds the others
         return
-    task = run.cpus_per_data_task
+    task = max(1.0, run.cpus_per_data_task)  # Ray Data's repartition takes a whole one
     for place, node in enumerate(nodes):
         left = {**node, "CPU": node.get("CPU", 0.0) - task}
         if left["CPU"] > -1e-4 and room(each, [*nodes[:place], left, *nodes[place + 1 :]]) >= count:

@@ -151,10 +151,12 @@ def check_jpeg() -> Check:
 
 def check_disk(folder: str | None = None, least_gb: float = MIN_DISK_GB) -> Check:
     """Looks at the room for temporary files and Ray's spilled objects."""
-    place = folder or os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-    free = shutil.disk_usage(place).free / 1e9
+    places = {folder} if folder else {tempfile.gettempdir(), os.environ.get("RAY_TMPDIR", "")}
+    room = {place: shutil.disk_usage(place).free / 1e9 for place in places if place}
+    place = min(room, key=lambda place: room[place])
+    free = room[place]
     ok = free >= least_gb
-    advice = "" if ok else f"free {place}, or start Ray with RAY_TMPDIR on a larger disk"
+    advice = "" if ok else f"free {place}, or start Ray with TMPDIR and RAY_TMPDIR on a larger disk"
     return Check(name="disk", ok=ok, found=f"{free:,.0f} GB free", advice=advice)
 
 

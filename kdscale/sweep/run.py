@@ -75,8 +75,7 @@ def execute(
     if not is_left(plan, sweeps, resume_stopped):
         ended = "finished" if not plan.remaining() else "finished or stopped early"
         progress.say(f"[green]every stage is {ended} already: nothing to run[/]")
-    elif plan.remaining():
-        check_room(plan)
+    check_room(parts[0])
     prepare(plan, progress.say)
     connect = partial(_trackers, uri, plan, sweeps, command)
     interrupt = Interrupt(plan, progress.say)

@@ -150,11 +150,13 @@ def cluster_resources() -> tuple[dict[str, float], list[dict[str, float]]]:
 
 
 def check_room(plan: Plan) -> None:
-    """Refuses stages for which the cluster, grown to its limits, has no room.
+    """Refuses, as `run_plan` does, stages for which the cluster, grown to its limits, has no room.
 
     Raises:
         ImpossibleResources: Naming the stage and what it lacks.
     """
+    if not waiting_trials(plan):
+        return
     ship_own_losses(plan)
     start_ray()
     concurrent_trials(plan.remaining(), *cluster_resources())

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
@@ -24,6 +25,7 @@ TOKEN_S = 21_600
 ANSWER_S = 2.0
 MARGIN_S = 10.0
 AGAIN_S = 5.0
+RAY_ANSWERS_S = 30.0
 OWN_ID = "import ray; ray.init(log_to_driver=False); print(ray.get_runtime_context().get_node_id())"
 
 
@@ -44,7 +46,7 @@ def wait_for_notice(
     while True:
         try:
             found = _notice(metadata)
-        except (URLError, HTTPException, TimeoutError, ConnectionError, ValueError) as error:
+        except (URLError, HTTPException, TimeoutError, ConnectionError, UnicodeError) as error:
             if not silent:
                 say(f"{metadata} does not answer ({error}): is this an instance of EC2?")
             silent, found = True, None
@@ -91,13 +93,13 @@ def drain_this_node(seconds: float) -> None:
         seconds: How long it will still be there.
 
     Raises:
-        CalledProcessError: If until then Ray does not know this node, or refuses.
+        CalledProcessError, TimeoutExpired: If until then Ray refuses, or does not answer.
     """
     deadline = time.monotonic() + seconds
     while True:
         try:
             return _drain(deadline - time.monotonic())
-        except subprocess.CalledProcessError:
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
             if time.monotonic() + AGAIN_S > deadline - MARGIN_S:
                 raise
         time.sleep(AGAIN_S)
@@ -105,9 +107,11 @@ def drain_this_node(seconds: float) -> None:
 
 def _drain(seconds: float) -> None:
     """Tells Ray once."""
-    own = subprocess.run([sys.executable, "-c", OWN_ID], check=True, capture_output=True, text=True)
+    patience: dict[str, Any] = {"check": True, "timeout": min(RAY_ANSWERS_S, max(1.0, seconds))}
+    asked = [sys.executable, "-c", OWN_ID]
+    own = subprocess.run(asked, capture_output=True, text=True, **patience)
     program = str(Path(sys.executable).with_name("ray"))
     reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot notice"]
     left = ["--deadline-remaining-seconds", str(max(1, int(seconds - MARGIN_S)))]
     node = ["--node-id", own.stdout.split()[-1]]
-    subprocess.run([program, "drain-node", *node, *reason, *left], check=True)
+    subprocess.run([program, "drain-node", *node, *reason, *left], **patience)
