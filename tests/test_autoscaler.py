@@ -106,6 +106,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
         "RAY_FAKE_CLUSTER": "1",
         "RAY_enable_autoscaler_v2": "0",  # it does not know these nodes
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "RAY_raylet_start_wait_time_s": "600",  # the machine may be busy
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         GROWS_TO: announced([NODE]),
     }
@@ -118,8 +119,14 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
         head = subprocess.Popen(
             command, env=environment, stdout=log, stderr=log, start_new_session=True
         )
+
+    def has_started() -> bool:
+        said = (tmp_path / "head.log").read_text()
+        assert head.poll() is None, said
+        return "Ray runtime started" in said
+
     try:
-        wait_for(lambda: "Ray runtime started" in (tmp_path / "head.log").read_text(), "Ray", 300)
+        wait_for(has_started, "Ray", 300)
         yield Cluster(address, environment)
     finally:
         below = descendants(head.pid)
