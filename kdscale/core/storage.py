@@ -41,10 +41,11 @@ REFUSALS = {"botocore.exceptions.BotoCoreError", "google.auth.exceptions.GoogleA
 
 
 def _told(method: Callable[Concatenate[Storage, P], T]) -> Callable[Concatenate[Storage, P], T]:
-    """Puts in words what object stores' clients raise that is no OSError: no credentials."""
+    """Puts in words what object stores' clients raise that is no OSError, as for credentials."""
 
     @wraps(method)
     def call(self: Storage, *args: P.args, **options: P.kwargs) -> T:
+        """Calls the method."""
         try:
             return method(self, *args, **options)
         except Exception as error:
@@ -114,43 +115,31 @@ class Storage:
                 f"storage {self.root} {found}: {command} makes it; or name another by --storage"
             )
 
-    @_told
     def names(self, *parts: str) -> list[str]:
         """Lists the base names in a directory, sorted; an absent one is empty."""
-        self.fs.invalidate_cache()
-        try:
-            found = self.fs.ls(self.path(*parts), detail=False)
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise StorageError(f"cannot list {self.url(*parts)}: {error}") from error
-        return sorted(str(name).rstrip("/").rsplit("/", 1)[-1] for name in found)
+        return sorted(_base(str(path)) for path in self._listed(parts, detail=False))
 
-    @_told
     def folders(self, *parts: str) -> list[str]:
         """Lists the directories in a directory, sorted; neither hidden ones nor files."""
+        found = self._listed(parts, detail=True)
+        names = (_base(entry["name"]) for entry in found if entry["type"] != "file")
+        return sorted(name for name in names if not name.startswith("."))
+
+    def sizes(self, *parts: str) -> dict[str, int]:
+        """Returns {base name: bytes} of the files in a directory; an absent one is empty."""
+        files = [e for e in self._listed(parts, detail=True) if e["type"] == "file"]
+        return {_base(entry["name"]): int(entry["size"]) for entry in files}
+
+    @_told
+    def _listed(self, parts: tuple[str, ...], *, detail: bool) -> list[Any]:
+        """Lists a directory as the filesystem does: its paths, or all that is known of them."""
         self.fs.invalidate_cache()
         try:
-            found = self.fs.ls(self.path(*parts), detail=True)
+            return self.fs.ls(self.path(*parts), detail=detail)
         except FileNotFoundError:
             return []
         except OSError as error:
             raise StorageError(f"cannot list {self.url(*parts)}: {error}") from error
-        names = (e["name"].rstrip("/").rsplit("/", 1)[-1] for e in found if e["type"] != "file")
-        return sorted(name for name in names if not name.startswith("."))
-
-    @_told
-    def sizes(self, *parts: str) -> dict[str, int]:
-        """Returns {base name: bytes} of the files in a directory; an absent one is empty."""
-        self.fs.invalidate_cache()
-        try:
-            found = self.fs.ls(self.path(*parts), detail=True)
-        except FileNotFoundError:
-            return {}
-        except OSError as error:
-            raise StorageError(f"cannot list {self.url(*parts)}: {error}") from error
-        files = [entry for entry in found if entry["type"] == "file"]
-        return {entry["name"].rsplit("/", 1)[-1]: int(entry["size"]) for entry in files}
 
     @_told
     def read(self, *parts: str) -> bytes:
@@ -295,6 +284,11 @@ class Storage:
             return False
         self.write(data, *parts)
         return True
+
+
+def _base(path: str) -> str:
+    """Returns the last part of a path."""
+    return path.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _written(info: dict[str, Any]) -> float:
